@@ -1,0 +1,228 @@
+"""Options of the connector, the router and a whole deployment.
+
+Frozen structs, parsed and checked once at the edge. Units are in the names.
+Unknown keys are refused by name, because a misspelt option that is silently
+ignored is found only under load.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import msgspec
+import yaml
+
+from vllm_pd.errors import ConfigError
+
+T = TypeVar("T", bound=msgspec.Struct)
+
+DEFAULT_ROUTER_PORT = 8000
+DEFAULT_PREFILL_PORT = 8100
+DEFAULT_DECODE_PORT = 8200
+
+
+def is_loopback(host: str) -> bool:
+    """Return whether an address is reached without leaving the host."""
+    return host in {"localhost", "::1"} or host.startswith("127.")
+
+
+class Role(enum.Enum):
+    """What an instance is used for. A label of router and launcher: engines run both."""
+
+    PREFILL = "prefill"
+    DECODE = "decode"
+
+
+class ConnectorConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The ``kv_connector_extra_config`` of one vLLM instance.
+
+    Attributes:
+        transport: ``"auto"`` (the best that both ends offer) or the names of the
+            transports to offer, best first, e.g. ``"shm,tcp"``.
+        side_channel_host: address that control and data sockets bind to, and
+            that peers are told. A non-loopback address needs a cluster key.
+        side_channel_port: port of the instance's control endpoint; 0 picks a free one.
+        cluster_key_file: key made by ``vllm-pd keygen``, the same on all
+            instances; without it the control channel is plaintext on loopback.
+        lease_s: how long a finished prefill's blocks wait for their consumer.
+        handshake_timeout_s: longest wait for a peer's handshake.
+        transfer_timeout_s: longest wait for the blocks of one request, from the
+            fetch to the last byte.
+        min_load_tokens: prompts of which fewer tokens are remote are computed locally.
+    """
+
+    transport: str = "auto"
+    side_channel_host: str = "127.0.0.1"
+    side_channel_port: int = 0
+    cluster_key_file: str | None = None
+    lease_s: float = 30.0
+    handshake_timeout_s: float = 3.0
+    transfer_timeout_s: float = 30.0
+    min_load_tokens: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("lease_s", "handshake_timeout_s", "transfer_timeout_s"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} must be positive, not {getattr(self, name)}")
+        if self.min_load_tokens < 1:
+            raise ValueError(f"min_load_tokens must be at least 1, not {self.min_load_tokens}")
+        if not 0 <= self.side_channel_port <= 65535:
+            raise ValueError(f"side_channel_port {self.side_channel_port} is not a port")
+        if not self.is_loopback and self.cluster_key_file is None:
+            raise ValueError(
+                f"side_channel_host {self.side_channel_host} is reachable from other hosts: "
+                "set cluster_key_file (vllm-pd keygen makes one)"
+            )
+
+    @property
+    def is_loopback(self) -> bool:
+        """Whether only this host can reach the control channel."""
+        return is_loopback(self.side_channel_host)
+
+    @property
+    def transport_names(self) -> tuple[str, ...] | None:
+        """Transports to offer, best first; None for ``auto``."""
+        if self.transport == "auto":
+            return None
+        names = tuple(name.strip() for name in self.transport.split(",") if name.strip())
+        if not names:
+            raise ConfigError("transport is empty", hint='use "auto", "shm", "tcp" or "shm,tcp"')
+        return names
+
+
+class RouterConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The router's options.
+
+    Attributes:
+        host: address to listen on.
+        port: port to listen on.
+        prefill_urls: base URLs of the prefill instances.
+        decode_urls: base URLs of the decode instances.
+        connect_timeout_s: longest wait for a TCP connection to an instance.
+        prefill_timeout_s: longest wait for the prefill leg.
+        decode_idle_timeout_s: longest silence of the decode leg.
+        max_body_len: largest request body, in bytes.
+        health_interval_s: pause between two health probes of an instance.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = DEFAULT_ROUTER_PORT
+    prefill_urls: tuple[str, ...] = ()
+    decode_urls: tuple[str, ...] = ()
+    connect_timeout_s: float = 3.0
+    prefill_timeout_s: float = 600.0
+    decode_idle_timeout_s: float = 600.0
+    max_body_len: int = 64 * 1024 * 1024
+    health_interval_s: float = 1.0
+
+    def __post_init__(self) -> None:
+        for url in (*self.prefill_urls, *self.decode_urls):
+            if not url.startswith(("http://", "https://")):
+                raise ValueError(f"instance address {url!r} does not start with http://")
+        for name in ("connect_timeout_s", "prefill_timeout_s", "decode_idle_timeout_s"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} must be positive, not {getattr(self, name)}")
+
+
+class InstanceGroup(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Equal instances of one role, as a topology file writes them.
+
+    Attributes:
+        count: number of instances.
+        tp: tensor-parallel size of each.
+        port: HTTP port of the first; the others follow. None: the topology's for the role.
+        devices: device (or CPU core) indices for the whole group; None: assigned.
+        args: further ``vllm serve`` arguments.
+        env: further environment variables.
+    """
+
+    count: int = 1
+    tp: int = 1
+    port: int | None = None
+    devices: tuple[int, ...] | None = None
+    args: tuple[str, ...] = ()
+    env: dict[str, str] = {}
+
+    def __post_init__(self) -> None:
+        if self.count < 1 or self.tp < 1:
+            raise ValueError(f"{self.count}x{self.tp}: instances and TP size must be at least 1")
+
+
+class Topology(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A whole deployment: ``vllm-pd up --config FILE.yaml``.
+
+    Attributes:
+        model: checkpoint folder or Hugging Face name; None: the demo model.
+        served_model_name: name at the API; None: the value of ``model``.
+        device: ``cpu``, ``cuda``, ``npu`` or None to detect.
+        prefill: the prefill instances; None: chosen by the device.
+        decode: the decode instances; None: chosen by the device.
+        prefill_port: HTTP port of the first prefill instance, unless its group names one.
+        decode_port: HTTP port of the first decode instance, unless its group names one.
+        router: the router's host, port and limits. The instances' URLs are filled in.
+        connector: ``kv_connector_extra_config`` of every instance.
+        host: address that the instances' HTTP servers bind to.
+        args: ``vllm serve`` arguments of every instance.
+        env: environment variables of every instance.
+        kv_cache_space_gib: CPU only, KV cache per instance in GiB; None: by the machine.
+        start_timeout_s: longest wait for an instance to answer.
+        max_restarts: restarts of one instance in a row before the supervisor gives it
+            up; a minute of service starts a new row.
+        drain_timeout_s: longest wait for an instance to stop by itself.
+    """
+
+    model: str | None = None
+    served_model_name: str | None = None
+    device: str | None = None
+    prefill: InstanceGroup | None = None
+    decode: InstanceGroup | None = None
+    prefill_port: int = DEFAULT_PREFILL_PORT
+    decode_port: int = DEFAULT_DECODE_PORT
+    router: RouterConfig = RouterConfig()
+    connector: ConnectorConfig = ConnectorConfig()
+    host: str = "127.0.0.1"
+    args: tuple[str, ...] = ()
+    env: dict[str, str] = {}
+    kv_cache_space_gib: int | None = None
+    start_timeout_s: float = 600.0
+    max_restarts: int = 5
+    drain_timeout_s: float = 15.0
+
+
+def from_mapping(kind: type[T], values: Mapping[str, Any], *, source: str) -> T:
+    """Check and convert plain data into one of the structs above.
+
+    Args:
+        kind: the struct to make.
+        values: plain data, e.g. from JSON or YAML.
+        source: where the data came from, for the error message.
+
+    Raises:
+        ConfigError: an unknown key, a wrong type or a value out of range.
+    """
+    try:
+        return msgspec.convert(dict(values), kind, strict=False)
+    except msgspec.ValidationError as exc:
+        known = ", ".join(kind.__struct_fields__)
+        hint = f"known keys: {known}" if "unknown field" in str(exc) else None
+        raise ConfigError(f"{source}: {exc}", hint=hint) from exc
+
+
+def load_topology(path: Path) -> Topology:
+    """Read a topology file.
+
+    Raises:
+        ConfigError: the file cannot be read, is not YAML, or has a wrong value.
+    """
+    try:
+        values = yaml.safe_load(path.read_text())
+    except (OSError, UnicodeDecodeError) as exc:
+        raise ConfigError(f"cannot read {path}: {exc}") from exc
+    except yaml.YAMLError as exc:
+        raise ConfigError(f"{path} is not YAML: {' '.join(str(exc).split())}") from exc
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: expected a mapping at the top level")
+    return from_mapping(Topology, values, source=str(path))

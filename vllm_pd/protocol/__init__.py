@@ -1,0 +1,1 @@
+"""Control-plane messages, states and checks. Pure: no I/O, no clock."""

@@ -1,0 +1,219 @@
+"""State machines of the transfer protocol.
+
+Everything that decides a state transition lives in this file, and nothing
+here performs I/O or reads a clock: callers pass ``now``, in seconds on their
+own monotonic clock.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from vllm_pd.errors import LeaseExpiredError, LocalProtocolError, RemoteProtocolError
+
+
+class FetchState(enum.Enum):
+    """Life of one fetch, on the consumer.
+
+    ::
+
+        AWAITING_PEER -> REQUESTED -> RECEIVING -> DONE
+              |              |            |
+              +--------------+------------+------> FAILED
+    """
+
+    AWAITING_PEER = enum.auto()  # the session's handshake is not over
+    REQUESTED = enum.auto()  # FetchBlocks sent; the producer may still compute
+    RECEIVING = enum.auto()  # FetchReady seen, our half of the transfer is posted
+    DONE = enum.auto()
+    FAILED = enum.auto()
+
+
+_NEXT: dict[FetchState, frozenset[FetchState]] = {
+    FetchState.AWAITING_PEER: frozenset({FetchState.REQUESTED, FetchState.FAILED}),
+    FetchState.REQUESTED: frozenset({FetchState.RECEIVING, FetchState.FAILED}),
+    FetchState.RECEIVING: frozenset({FetchState.DONE, FetchState.FAILED}),
+    FetchState.DONE: frozenset(),
+    FetchState.FAILED: frozenset(),
+}
+
+
+@dataclass(slots=True)
+class Fetch:
+    """One request's blocks on their way to this consumer worker.
+
+    Attributes:
+        fetch_id: unique on this consumer worker; also the transport's transfer id.
+        request_id: the request here.
+        transfer_id: the prefill on the producer.
+        block_offset: first block of the prefill that is wanted.
+        block_ids: where the blocks go, in this worker's KV cache.
+        deadline: when to give up.
+    """
+
+    fetch_id: int
+    request_id: str
+    transfer_id: str
+    block_offset: int
+    block_ids: tuple[int, ...]
+    deadline: float
+    state: FetchState = FetchState.AWAITING_PEER
+
+    def advance(self, to: FetchState) -> None:
+        """Move to state ``to``.
+
+        Raises:
+            LocalProtocolError: ``to`` cannot follow the current state.
+        """
+        if to not in _NEXT[self.state]:
+            raise LocalProtocolError(
+                f"fetch {self.fetch_id} of {self.request_id}: {self.state.name} -> {to.name}"
+            )
+        self.state = to
+
+
+class SessionState(enum.Enum):
+    """Life of a consumer's session with one producer worker.
+
+    ::
+
+        DESCRIBING -> GREETING -> READY
+             |            |         |
+             +------------+---------+--> CLOSED
+    """
+
+    DESCRIBING = enum.auto()  # asking the instance endpoint for the worker's address
+    GREETING = enum.auto()  # Hello sent to the worker
+    READY = enum.auto()
+    CLOSED = enum.auto()
+
+
+@dataclass(slots=True)
+class _Lease:
+    request_id: str
+    block_ids: tuple[int, ...]
+    expires_at: float
+    num_fetches_left: int  # consumer ranks that have not fetched yet
+    num_reading: int = 0
+    released: bool = False
+
+
+@dataclass(slots=True)
+class LeaseTable:
+    """Finished prefills whose blocks wait for their consumers, on one producer worker.
+
+    vLLM keeps a request's blocks until one of ``end_fetch``, ``release`` and
+    ``expire`` returns its request id. Each lease ends exactly once, and never
+    while a fetch is reading its blocks.
+
+    Attributes:
+        lease_s: how long a lease lasts, from its grant.
+        num_remembered: ended transfer ids that are still told apart from unknown ones.
+    """
+
+    lease_s: float
+    num_remembered: int = 4096
+    _leases: dict[str, _Lease] = field(default_factory=dict)
+    _ended: OrderedDict[str, None] = field(default_factory=OrderedDict)
+
+    def __len__(self) -> int:
+        return len(self._leases)
+
+    def __contains__(self, transfer_id: str) -> bool:
+        return transfer_id in self._leases
+
+    def has_ended(self, transfer_id: str) -> bool:
+        """Return whether this transfer id held a lease that is over."""
+        return transfer_id in self._ended
+
+    def grant(
+        self,
+        transfer_id: str,
+        *,
+        request_id: str,
+        block_ids: Sequence[int],
+        num_fetches: int,
+        now: float,
+    ) -> None:
+        """Start a lease that ``num_fetches`` consumer ranks will read.
+
+        Raises:
+            LocalProtocolError: the transfer id holds a lease already.
+        """
+        if transfer_id in self._leases:
+            raise LocalProtocolError(f"transfer {transfer_id} already holds a lease")
+        self._ended.pop(transfer_id, None)
+        self._leases[transfer_id] = _Lease(
+            request_id, tuple(block_ids), now + self.lease_s, num_fetches
+        )
+
+    def begin_fetch(
+        self, transfer_id: str, *, block_offset: int, num_blocks: int
+    ) -> tuple[int, ...]:
+        """Protect the blocks while one rank reads them; return the block ids to send.
+
+        Raises:
+            LeaseExpiredError: the blocks may already hold another request.
+            RemoteProtocolError: the peer asks for blocks that the prefill does not have.
+        """
+        lease = self._leases.get(transfer_id)
+        if lease is None or lease.released:
+            raise LeaseExpiredError(f"no lease for transfer {transfer_id}")
+        wanted = lease.block_ids[block_offset : block_offset + num_blocks]
+        if len(wanted) != num_blocks:
+            raise RemoteProtocolError(
+                f"transfer {transfer_id} has {len(lease.block_ids)} blocks, not "
+                f"{block_offset} to {block_offset + num_blocks}"
+            )
+        lease.num_reading += 1
+        return wanted
+
+    def end_fetch(self, transfer_id: str, *, delivered: bool) -> str | None:
+        """Record that one rank stopped reading; return the request id to free, if any.
+
+        A fetch that failed leaves the lease as it was, for another try.
+        """
+        lease = self._leases[transfer_id]
+        lease.num_reading -= 1
+        if delivered:
+            lease.num_fetches_left -= 1
+        if lease.num_reading:
+            return None
+        return self._end(transfer_id) if lease.released or lease.num_fetches_left <= 0 else None
+
+    def release(self, transfer_id: str) -> str | None:
+        """End a lease early; return the request id to free now, if any.
+
+        A lease that is being read ends when the read does. Unknown ids are
+        ignored, as a release crosses with expiry.
+        """
+        lease = self._leases.get(transfer_id)
+        if lease is None:
+            return None
+        lease.released = True
+        return None if lease.num_reading else self._end(transfer_id)
+
+    def expire(self, now: float) -> list[str]:
+        """End overdue leases that nobody is reading; return their request ids."""
+        overdue = [
+            transfer_id
+            for transfer_id, lease in self._leases.items()
+            if lease.expires_at <= now and not lease.num_reading
+        ]
+        return [self._end(transfer_id) for transfer_id in overdue]
+
+    def next_expiry(self) -> float | None:
+        """Return when the next lease that nobody reads is overdue."""
+        return min(
+            (lease.expires_at for lease in self._leases.values() if not lease.num_reading),
+            default=None,
+        )
+
+    def _end(self, transfer_id: str) -> str:
+        self._ended[transfer_id] = None
+        while len(self._ended) > self.num_remembered:
+            self._ended.popitem(last=False)
+        return self._leases.pop(transfer_id).request_id
