@@ -1,0 +1,1 @@
+"""Moving registered KV blocks between workers."""

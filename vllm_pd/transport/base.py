@@ -1,0 +1,165 @@
+"""What a data-plane transport must do.
+
+A transport is two-sided: the producer calls ``send_blocks`` and the consumer
+``recv_blocks`` with the same transfer id, after agreeing on it over the
+control plane. HCCL leaves no choice (send and receive must pair), TCP fits,
+and shared memory makes the producer's half a permission to read. Both sides
+post the transfers of one peer pair in the same order; the session sees to it.
+
+Threading: one thread, the session's, calls every method. No method blocks. An
+idle transport uses no CPU: ``fileno`` tells when ``poll`` has something to do.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from vllm_pd.errors import LocalProtocolError, TransferError
+
+
+@dataclass(frozen=True, slots=True)
+class KVRegion:
+    """One contiguous span of KV cache as a transport sees it.
+
+    Attributes:
+        name: layer name, equal on both sides.
+        addr: address of block 0.
+        num_blocks: number of blocks.
+        block_len: bytes of one block; blocks follow each other without gaps.
+        device: torch device type that ``addr`` belongs to.
+    """
+
+    name: str
+    addr: int
+    num_blocks: int
+    block_len: int
+    device: str = "cpu"
+
+
+@dataclass(frozen=True, slots=True)
+class TransportOptions:
+    """What every transport is told when it is made.
+
+    Attributes:
+        host: address that listening sockets bind to and that peers are told.
+        num_copy_threads: threads that copy or receive on behalf of ``recv_blocks``.
+    """
+
+    host: str = "127.0.0.1"
+    num_copy_threads: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class TransferOutcome:
+    """The end of one transfer on this side; ``error`` is None on success."""
+
+    peer_id: str
+    transfer_id: int
+    num_bytes: int
+    error: TransferError | None = None
+
+
+class Transport(ABC):
+    """Copies KV blocks between this worker and its peers.
+
+    Contract, checked by ``tests/transport_conformance.py`` for every backend:
+
+    - each posted transfer yields exactly one outcome from ``poll``;
+    - outcomes of one peer are returned in the order they were posted, those of
+      ``send_blocks`` and of ``recv_blocks`` each;
+    - the producer's outcome follows the consumer's receipt of the last byte;
+    - after an outcome, success or not, the backend no longer touches the blocks;
+    - bytes from or for a peer that was removed are never written;
+    - ``close`` fails what is still posted, for ``poll`` to return, and is idempotent.
+    """
+
+    name: ClassVar[str]
+
+    @abstractmethod
+    def register_regions(self, regions: Sequence[KVRegion]) -> None:
+        """Make the KV cache usable for transfers. Called once, before the rest.
+
+        Raises:
+            TransportUnavailableError: this transport cannot reach that memory.
+        """
+
+    @abstractmethod
+    def local_endpoint(self) -> bytes:
+        """Return what a peer needs in ``add_peer``; opaque outside the backend."""
+
+    @abstractmethod
+    def can_reach(self, endpoint: bytes) -> bool:
+        """Return whether ``add_peer`` with this endpoint could work from this host."""
+
+    @abstractmethod
+    def add_peer(self, peer_id: str, endpoint: bytes) -> None:
+        """Prepare transfers with a peer whose handshake has succeeded.
+
+        Args:
+            peer_id: the session's id, the same on both sides, so that two workers
+                that fetch from each other are two peers.
+            endpoint: the other side's ``local_endpoint()``.
+
+        Raises:
+            RemoteProtocolError: ``endpoint`` is not one of this backend's.
+            LocalProtocolError: there is a peer of that id already.
+        """
+
+    @abstractmethod
+    def remove_peer(self, peer_id: str) -> None:
+        """Fail the peer's posted transfers and forget it. Unknown ids are ignored."""
+
+    @abstractmethod
+    def send_blocks(self, peer_id: str, transfer_id: int, block_ids: Sequence[int]) -> None:
+        """Post the producer's half: all regions of these blocks, in this order.
+
+        Raises:
+            LocalProtocolError: unknown peer, or a block id out of range.
+        """
+
+    @abstractmethod
+    def recv_blocks(self, peer_id: str, transfer_id: int, block_ids: Sequence[int]) -> None:
+        """Post the consumer's half. Same contract as ``send_blocks``."""
+
+    @abstractmethod
+    def fileno(self) -> int:
+        """Return a descriptor that is readable while ``poll`` has something to do."""
+
+    @abstractmethod
+    def poll(self) -> list[TransferOutcome]:
+        """Make progress and return the transfers that ended since the last call."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Release memory, sockets and communicators."""
+
+
+def check_block_ids(regions: Sequence[KVRegion], block_ids: Sequence[int]) -> None:
+    """Refuse block ids that any region lacks.
+
+    Raises:
+        LocalProtocolError: a block id is out of range.
+    """
+    num_blocks = min((region.num_blocks for region in regions), default=0)
+    if bad := [b for b in block_ids if not 0 <= b < num_blocks]:
+        raise LocalProtocolError(f"block ids out of range 0 to {num_blocks - 1}: {bad[:8]}")
+
+
+def merge_runs(
+    src_block_ids: Sequence[int], dst_block_ids: Sequence[int]
+) -> list[tuple[int, int, int]]:
+    """Join blocks that are adjacent on both sides.
+
+    Returns:
+        ``(src_block_id, dst_block_id, num_blocks)`` per run, in the given order.
+    """
+    runs: list[tuple[int, int, int]] = []
+    for src, dst in zip(src_block_ids, dst_block_ids, strict=True):
+        if runs and (runs[-1][0] + runs[-1][2], runs[-1][1] + runs[-1][2]) == (src, dst):
+            runs[-1] = (runs[-1][0], runs[-1][1], runs[-1][2] + 1)
+        else:
+            runs.append((src, dst, 1))
+    return runs

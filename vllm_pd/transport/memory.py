@@ -1,0 +1,166 @@
+"""Raw host memory: views, copies, and pages that another process can map.
+
+Nothing here knows of transfers. Addresses are plain integers of this process.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import mmap
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from vllm_pd.errors import TransportUnavailableError
+
+logger = logging.getLogger(__name__)
+
+PAGE_LEN = mmap.PAGESIZE
+_MAP_FIXED = 0x10
+_MAP_FAILED = ctypes.c_void_p(-1).value
+_PROBE_LEN = 1 << 20
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.mmap.restype = ctypes.c_void_p
+_libc.mmap.argtypes = [
+    ctypes.c_void_p,
+    ctypes.c_size_t,
+    ctypes.c_int,
+    ctypes.c_int,
+    ctypes.c_int,
+    ctypes.c_long,
+]
+_libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+_libc.memcmp.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
+
+
+def view(addr: int, num_bytes: int) -> memoryview:
+    """Return a writable view of this process's memory; the caller keeps it alive."""
+    return memoryview((ctypes.c_char * num_bytes).from_address(addr)).cast("B")
+
+
+def copy(dst: int, src: int, num_bytes: int) -> None:
+    """Copy bytes; the GIL is released meanwhile (ctypes does so for C calls)."""
+    ctypes.memmove(dst, src, num_bytes)
+
+
+@dataclass(frozen=True, slots=True)
+class SharedSpan:
+    """Pages of this process that a peer can map through ``fd``.
+
+    ``fd`` holds exactly the bytes from ``addr`` to ``addr + num_bytes``.
+    """
+
+    addr: int
+    num_bytes: int
+    fd: int
+
+
+@dataclass(frozen=True, slots=True)
+class MappedSpan:
+    """A peer's SharedSpan, mapped read-only here.
+
+    Attributes:
+        remote_addr: where the bytes are in the peer's process.
+        num_bytes: length of the span.
+        addr: where they are in this process.
+    """
+
+    remote_addr: int
+    num_bytes: int
+    addr: int
+
+
+def join_spans(spans: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Merge ``(addr, num_bytes)`` spans that touch or overlap."""
+    joined: list[tuple[int, int]] = []
+    for addr, num_bytes in sorted(spans):
+        if joined and addr <= joined[-1][0] + joined[-1][1]:
+            first, length = joined[-1]
+            joined[-1] = (first, max(length, addr + num_bytes - first))
+        else:
+            joined.append((addr, num_bytes))
+    return joined
+
+
+def page_interior(addr: int, num_bytes: int) -> tuple[int, int]:
+    """Return the whole pages inside a span as ``(addr, num_bytes)``; may be empty.
+
+    The partial pages at both ends may hold other objects of the allocator, so
+    they are never remapped.
+    """
+    first = -(-addr // PAGE_LEN) * PAGE_LEN
+    last = (addr + num_bytes) // PAGE_LEN * PAGE_LEN
+    return first, max(last - first, 0)
+
+
+def share_pages(addr: int, num_bytes: int) -> SharedSpan:
+    """Replace private anonymous pages by pages of a memfd, in place.
+
+    Content and address stay; whoever holds a pointer notices nothing. No other
+    thread may write to the range meanwhile. The fd is closed on exec.
+
+    Args:
+        addr: page-aligned address.
+        num_bytes: multiple of the page size.
+
+    Raises:
+        TransportUnavailableError: the kernel refused; the memory is as it was.
+    """
+    try:
+        fd = os.memfd_create("vllm-pd-kv", os.MFD_CLOEXEC)
+    except OSError as exc:
+        raise TransportUnavailableError(f"memfd_create: {exc.strerror}") from exc
+    try:
+        os.ftruncate(fd, num_bytes)
+        staging = _map(0, num_bytes, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_SHARED, fd)
+        try:
+            _copy_nonzero(staging, addr, num_bytes)
+        finally:
+            _libc.munmap(staging, num_bytes)
+        flags = mmap.MAP_SHARED | _MAP_FIXED
+        _map(addr, num_bytes, mmap.PROT_READ | mmap.PROT_WRITE, flags, fd)
+    except OSError as exc:
+        os.close(fd)
+        raise TransportUnavailableError(f"cannot remap the KV cache: {exc.strerror}") from exc
+    return SharedSpan(addr, num_bytes, fd)
+
+
+def map_span(remote_addr: int, num_bytes: int, fd: int) -> MappedSpan:
+    """Map a peer's SharedSpan read-only; the fd may be closed afterwards.
+
+    Raises:
+        OSError: the kernel refused, or the file is shorter than ``num_bytes``.
+    """
+    if os.fstat(fd).st_size < num_bytes:
+        raise OSError("the peer's memory file is shorter than announced")
+    return MappedSpan(
+        remote_addr, num_bytes, _map(0, num_bytes, mmap.PROT_READ, mmap.MAP_SHARED, fd)
+    )
+
+
+def unmap_span(span: MappedSpan) -> None:
+    """Undo ``map_span``. Nobody may read the span any more."""
+    _libc.munmap(span.addr, span.num_bytes)
+
+
+def _map(addr: int, num_bytes: int, prot: int, flags: int, fd: int) -> int:
+    mapped: int | None = _libc.mmap(addr, num_bytes, prot, flags, fd, 0)
+    if mapped is None or mapped == _MAP_FAILED:
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code))
+    return mapped
+
+
+def _copy_nonzero(dst: int, src: int, num_bytes: int) -> None:
+    """Copy to fresh zero pages, leaving those untouched that would stay zero.
+
+    A KV cache is mostly zero when it is registered; touching its pages would
+    commit all of its memory at once.
+    """
+    zeros = ctypes.create_string_buffer(_PROBE_LEN)
+    for offset in range(0, num_bytes, _PROBE_LEN):
+        length = min(_PROBE_LEN, num_bytes - offset)
+        if _libc.memcmp(src + offset, zeros, length):
+            ctypes.memmove(dst + offset, src + offset, length)
