@@ -1,0 +1,224 @@
+"""Control sockets: one frame is one message, CURVE-encrypted where there is a key.
+
+A ``ControlServer`` answers many peers; a ``ControlClient`` speaks to one and
+learns at once when it is gone. Frames that are too long never arrive, frames
+that are no messages are counted and dropped.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from pathlib import Path
+
+import zmq
+from zmq.auth.thread import ThreadAuthenticator
+from zmq.utils.monitor import recv_monitor_message
+
+from vllm_pd.config import ConnectorConfig
+from vllm_pd.errors import ConfigError, PeerLostError, RemoteProtocolError
+from vllm_pd.protocol.messages import MAX_FRAME_LEN, AnyMessage, decode, encode
+from vllm_pd.session.keys import ClusterKey, load_cluster_key
+
+logger = logging.getLogger(__name__)
+
+_HIGH_WATER_MARK = 10_000
+_HEARTBEAT_MS = 5_000
+_LOST_EVENTS = {
+    zmq.EVENT_DISCONNECTED: "disconnected",
+    zmq.EVENT_CLOSED: "closed",
+    zmq.EVENT_CONNECT_RETRIED: "nobody listens",
+    zmq.EVENT_HANDSHAKE_FAILED_AUTH: "it refuses our key",
+    zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL: "it does not use the cluster key",
+    zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL: "the handshake failed",
+}
+
+
+class ControlContext:
+    """ZeroMQ context, key and authenticator of one connector half.
+
+    Raises:
+        ConfigError: the key file of ``config`` cannot be used.
+    """
+
+    def __init__(self, config: ConnectorConfig) -> None:
+        self._key: ClusterKey | None = None
+        if config.cluster_key_file is not None:
+            self._key = load_cluster_key(Path(config.cluster_key_file))
+        self._context = zmq.Context()
+        self._authenticator: ThreadAuthenticator | None = None
+        if self._key is not None:
+            self._authenticator = ThreadAuthenticator(self._context)
+            self._authenticator.start()
+            self._authenticator.configure_curve_callback(
+                credentials_provider=_OnlyThisKey(self._key.public)
+            )
+
+    @property
+    def is_encrypted(self) -> bool:
+        """Whether there is a cluster key."""
+        return self._key is not None
+
+    def server(self, host: str, port: int) -> ControlServer:
+        """Bind a server; port 0 picks a free one.
+
+        Raises:
+            ConfigError: the address is in use or not ours.
+        """
+        sock = self._socket(zmq.ROUTER, host)
+        if self._key is not None:
+            sock.curve_server = True
+            sock.curve_publickey, sock.curve_secretkey = self._key.public, self._key.secret
+        try:
+            sock.bind(f"tcp://{_bracketed(host)}:{port or '*'}")
+        except zmq.ZMQError as exc:
+            sock.close(linger=0)
+            raise ConfigError(f"side channel {host} port {port}: {exc.strerror}") from exc
+        return ControlServer(sock, host)
+
+    def client(self, host: str, port: int, *, identity: bytes | None = None) -> ControlClient:
+        """Open a client; connecting goes on in the background.
+
+        Args:
+            host: where the server is.
+            port: its port.
+            identity: how the server sees us; None lets it choose.
+        """
+        sock = self._socket(zmq.DEALER, host)
+        if identity is not None:
+            sock.routing_id = identity
+        if self._key is not None:
+            sock.curve_serverkey = self._key.public
+            sock.curve_publickey, sock.curve_secretkey = self._key.public, self._key.secret
+        return ControlClient(sock, f"tcp://{_bracketed(host)}:{port}")
+
+    def close(self) -> None:
+        """Stop the authenticator and the context; sockets must be closed before."""
+        if self._authenticator is not None:
+            self._authenticator.stop()
+            self._authenticator = None
+        self._context.destroy(linger=0)
+
+    def _socket(self, kind: int, host: str) -> zmq.Socket[bytes]:
+        sock: zmq.Socket[bytes] = self._context.socket(kind)
+        sock.linger = 0
+        sock.maxmsgsize = MAX_FRAME_LEN
+        sock.set_hwm(_HIGH_WATER_MARK)
+        sock.heartbeat_ivl = _HEARTBEAT_MS
+        sock.ipv6 = ":" in host
+        return sock
+
+
+class _OnlyThisKey:
+    """Lets clients in that hold the cluster key; called by the authenticator."""
+
+    def __init__(self, public: bytes) -> None:
+        self._public = public
+
+    def callback(self, domain: str, key: bytes) -> bool:  # noqa: ARG002
+        return key == self._public
+
+
+class ControlServer:
+    """Receives messages from any peer and answers by peer identity."""
+
+    def __init__(self, sock: zmq.Socket[bytes], host: str) -> None:
+        self.socket = sock
+        self.host = host
+        self.num_dropped: Counter[str] = Counter()
+        endpoint = sock.get_string(zmq.LAST_ENDPOINT)
+        self.port = int(endpoint.rsplit(":", 1)[1])
+
+    def receive(self) -> tuple[bytes, AnyMessage] | None:
+        """Return the next message and its sender; None when there is none.
+
+        Frames that are no message are dropped and counted.
+        """
+        while True:
+            try:
+                frames = self.socket.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
+                return None
+            if len(frames) != 2:
+                self._drop("frame_count")
+                continue
+            try:
+                return frames[0], decode(frames[1])
+            except RemoteProtocolError as exc:
+                logger.debug("dropped a frame: %s", exc)
+                self._drop("malformed")
+
+    def send(self, identity: bytes, message: AnyMessage) -> None:
+        """Answer a peer; one that is gone or too slow gets nothing."""
+        try:
+            self.socket.send_multipart([identity, encode(message)], zmq.NOBLOCK)
+        except zmq.ZMQError as exc:
+            self._drop("unsent")
+            logger.debug("answer not sent: %s", exc)
+
+    def close(self) -> None:
+        """Close the socket; idempotent."""
+        self.socket.close(linger=0)
+
+    def _drop(self, reason: str) -> None:
+        self.num_dropped[reason] += 1
+        if self.num_dropped[reason] == 1:
+            logger.warning("control channel on port %d: dropped a frame (%s)", self.port, reason)
+
+
+class ControlClient:
+    """Speaks to one server, without reconnecting: a lost peer stays lost."""
+
+    def __init__(self, sock: zmq.Socket[bytes], address: str) -> None:
+        self.socket = sock
+        self.address = address
+        events = 0
+        for event in _LOST_EVENTS:
+            events |= event
+        self.monitor: zmq.Socket[bytes] = sock.get_monitor_socket(events)
+        sock.connect(address)
+
+    def send(self, message: AnyMessage) -> None:
+        """Queue a message.
+
+        Raises:
+            PeerLostError: the queue is full, so nobody has read for long.
+        """
+        try:
+            self.socket.send(encode(message), zmq.NOBLOCK)
+        except zmq.ZMQError as exc:
+            raise PeerLostError(f"{self.address}: {exc.strerror}") from exc
+
+    def receive(self) -> AnyMessage | None:
+        """Return the next message; None when there is none.
+
+        Raises:
+            RemoteProtocolError: the server sent something that is not a message.
+        """
+        try:
+            frames = self.socket.recv_multipart(zmq.NOBLOCK)
+        except zmq.Again:
+            return None
+        return decode(frames[-1])
+
+    def check(self) -> None:
+        """Look whether the peer is still there.
+
+        Raises:
+            PeerLostError: it is gone, never was there, or does not accept us.
+        """
+        while self.monitor.poll(0):
+            event = zmq.Event(recv_monitor_message(self.monitor, zmq.NOBLOCK)["event"])
+            if event in _LOST_EVENTS:
+                raise PeerLostError(f"{self.address}: {_LOST_EVENTS[event]}")
+
+    def close(self, *, linger_s: float = 0.0) -> None:
+        """Close the socket, after trying to deliver for ``linger_s``; idempotent."""
+        if not self.socket.closed:
+            self.socket.disable_monitor()
+            self.monitor.close(linger=0)
+            self.socket.close(linger=int(linger_s * 1000))
+
+
+def _bracketed(host: str) -> str:
+    return f"[{host}]" if ":" in host else host

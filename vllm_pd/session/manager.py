@@ -1,0 +1,239 @@
+"""All sessions of one worker, on one thread that sleeps unless something happens.
+
+The engine's thread hands in grants, releases and fetches and takes results; the
+session thread owns every socket and transport.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Self
+
+import zmq
+
+from vllm_pd.config import ConnectorConfig, is_loopback
+from vllm_pd.errors import PDError, PeerLostError
+from vllm_pd.protocol.messages import PROTOCOL_VERSION, Fingerprint, Hello, KVLayout
+from vllm_pd.session.channel import ControlContext
+from vllm_pd.session.consumer import Consumer, FetchRequest, FetchResult
+from vllm_pd.session.producer import Grant, Producer
+from vllm_pd.transport.base import Transport
+
+logger = logging.getLogger(__name__)
+
+_ERROR_PAUSE_S = 0.1  # keeps an error that repeats from eating a core
+
+
+@dataclass(frozen=True, slots=True)
+class LocalWorker:
+    """What this worker is, as its peers need to know it."""
+
+    engine_id: str
+    tp_rank: int
+    tp_size: int
+    fingerprint: Fingerprint
+    layout: KVLayout
+
+
+@dataclass(slots=True)
+class Results:
+    """What happened since the last ``take_results``.
+
+    Attributes:
+        freed: producer's request ids whose blocks vLLM may have back.
+        fetched: consumer's fetches that ended, well or badly.
+    """
+
+    freed: list[str] = field(default_factory=list)
+    fetched: list[FetchResult] = field(default_factory=list)
+
+
+class SessionManager:
+    """Runs the sessions of one worker; public methods may be called from any thread.
+
+    Every grant ends as exactly one id in ``freed``, every fetch as exactly one
+    entry in ``fetched``, as long as the manager is not closed.
+
+    Args:
+        config: addresses, key, durations.
+        local: this worker.
+        transports: by name, best first; the manager closes them.
+
+    Raises:
+        ConfigError: the key or the address cannot be used.
+    """
+
+    def __init__(
+        self, config: ConnectorConfig, local: LocalWorker, transports: Mapping[str, Transport]
+    ) -> None:
+        self._transports = dict(transports)
+        self._context = ControlContext(config)
+        try:
+            self._server = self._context.server(config.side_channel_host, 0)
+        except PDError:
+            self._context.close()
+            raise
+        hello = Hello(
+            protocol_version=PROTOCOL_VERSION,
+            engine_id=local.engine_id,
+            tp_rank=local.tp_rank,
+            tp_size=local.tp_size,
+            fingerprint=local.fingerprint,
+            layout=local.layout,
+            endpoints={name: t.local_endpoint() for name, t in self._transports.items()},
+        )
+        self._producer = Producer(
+            self._server,
+            hello,
+            self._transports,
+            lease_s=config.lease_s,
+            fetch_timeout_s=config.transfer_timeout_s,
+        )
+        self._consumer = Consumer(
+            self._context,
+            hello,
+            self._transports,
+            handshake_timeout_s=config.handshake_timeout_s,
+            transfer_timeout_s=config.transfer_timeout_s,
+            may_connect=_anywhere if self._context.is_encrypted else is_loopback,
+        )
+        self.host, self.port = self._server.host, self._server.port
+        self._lock = threading.Lock()
+        self._commands: deque[Callable[[float], None]] = deque()
+        self._results = Results()
+        self._closing = False
+        self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._poller = zmq.Poller()
+        self._polled_changes = -1
+        self._thread = threading.Thread(target=self._run, name="vllm-pd-session", daemon=True)
+        self._thread.start()
+
+    def grant(self, grant: Grant) -> None:
+        """Lease a finished prefill's blocks to whoever fetches its transfer id."""
+        self._post(lambda now: self._producer.grant(grant, now))
+
+    def release(self, transfer_id: str) -> None:
+        """End a lease early; unknown ids are ignored."""
+        self._post(lambda _: self._producer.release(transfer_id))
+
+    def fetch(self, request: FetchRequest) -> None:
+        """Begin to fetch blocks."""
+        if self._closing:
+            error = PeerLostError("this engine shuts down")
+            with self._lock:
+                self._results.fetched.append(
+                    FetchResult(request.request_id, request.block_ids, 0, 0.0, error)
+                )
+            return
+        self._post(lambda now: self._consumer.start(request, now))
+
+    def take_results(self) -> Results:
+        """Return what ended since the last call."""
+        if not self._results.freed and not self._results.fetched:
+            return Results()
+        with self._lock:
+            results, self._results = self._results, Results()
+        return results
+
+    def close(self) -> None:
+        """End all sessions and close the transports; idempotent."""
+        if self._closing:
+            return
+        self._closing = True
+        self._wake_up()
+        self._thread.join(timeout=10.0)
+        os.close(self._wake)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _post(self, command: Callable[[float], None]) -> None:
+        self._commands.append(command)
+        self._wake_up()
+
+    def _wake_up(self) -> None:
+        with suppress(OSError):
+            os.eventfd_write(self._wake, 1)
+
+    def _run(self) -> None:
+        while not self._closing:
+            try:
+                self._wait()
+                self._step(time.monotonic())
+            except Exception:
+                # A bug must not leave requests waiting for ever: fail what runs, go on.
+                logger.exception("session thread: failing all fetches after an error")
+                self._consumer.close(time.monotonic())
+                time.sleep(_ERROR_PAUSE_S)
+        self._shut_down()
+
+    def _wait(self) -> None:
+        """Sleep until a socket, a transport, a command or a deadline needs attention."""
+        if self._polled_changes != self._consumer.num_changes:
+            self._polled_changes = self._consumer.num_changes
+            self._poller = zmq.Poller()
+            self._poller.register(self._wake, zmq.POLLIN)
+            self._poller.register(self._server.socket, zmq.POLLIN)
+            for transport in self._transports.values():
+                self._poller.register(transport.fileno(), zmq.POLLIN)
+            for client in self._consumer.clients():
+                self._poller.register(client.socket, zmq.POLLIN)
+                self._poller.register(client.monitor, zmq.POLLIN)
+        deadlines = [self._producer.next_deadline(), self._consumer.next_deadline()]
+        times = [deadline for deadline in deadlines if deadline is not None]
+        timeout_ms = None
+        if times:
+            timeout_ms = max(0, int((min(times) - time.monotonic()) * 1000) + 1)
+        self._poller.poll(timeout_ms)
+
+    def _step(self, now: float) -> None:
+        with suppress(BlockingIOError):
+            os.eventfd_read(self._wake)
+        while self._commands:
+            self._commands.popleft()(now)
+        while received := self._server.receive():
+            self._producer.handle(*received, now)
+        self._consumer.poll(now)
+        self._producer.expire(now)
+        self._consumer.expire(now)
+        # Last, because all of the above may have posted or failed transfers.
+        for transport in self._transports.values():
+            for outcome in transport.poll():
+                if not self._producer.end_transfer(outcome):
+                    self._consumer.end_transfer(outcome, now)
+        self._publish()
+
+    def _publish(self) -> None:
+        freed, fetched = self._producer.take_freed(), self._consumer.take_results()
+        if freed or fetched:
+            with self._lock:
+                self._results.freed += freed
+                self._results.fetched += fetched
+
+    def _shut_down(self) -> None:
+        now = time.monotonic()
+        try:
+            self._consumer.close(now)
+            for transport in self._transports.values():
+                transport.close()
+                for outcome in transport.poll():
+                    self._consumer.end_transfer(outcome, now)
+            self._publish()
+        except Exception:
+            logger.exception("session thread: error while closing")
+        self._server.close()
+        self._context.close()
+
+
+def _anywhere(_: str) -> bool:
+    return True

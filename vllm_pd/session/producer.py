@@ -1,0 +1,254 @@
+"""The producer's half of a worker's sessions: leases, and fetches of them.
+
+Runs on the session thread. Decisions are in ``protocol.state``; this module
+turns messages and outcomes into calls of it and answers the peers.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from vllm_pd.errors import (
+    IncompatiblePeerError,
+    LeaseExpiredError,
+    LocalProtocolError,
+    RemoteProtocolError,
+)
+from vllm_pd.protocol.handshake import check_compatible
+from vllm_pd.protocol.messages import (
+    AnyMessage,
+    FetchBlocks,
+    FetchFailed,
+    FetchFailure,
+    FetchReady,
+    Goodbye,
+    Hello,
+    Refused,
+)
+from vllm_pd.protocol.state import LeaseTable
+from vllm_pd.session.channel import ControlServer
+from vllm_pd.transport.base import TransferOutcome, Transport
+
+logger = logging.getLogger(__name__)
+
+MAX_SESSIONS = 1024
+MAX_PARKED = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class Grant:
+    """A finished prefill whose blocks vLLM keeps for a consumer."""
+
+    transfer_id: str
+    request_id: str
+    block_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Parked:
+    """A fetch that came before the grant of its transfer."""
+
+    identity: bytes
+    fetch: FetchBlocks
+    deadline: float
+
+
+@dataclass(frozen=True, slots=True)
+class _Running:
+    identity: bytes
+    transfer_id: str
+    deadline: float
+
+
+class Producer:
+    """Serves the consumers of one worker's KV cache.
+
+    Args:
+        server: answers go out through it.
+        local: what this worker announces.
+        transports: by name.
+        lease_s: how long granted blocks wait.
+        fetch_timeout_s: how long a fetch may be parked or run.
+    """
+
+    def __init__(
+        self,
+        server: ControlServer,
+        local: Hello,
+        transports: Mapping[str, Transport],
+        *,
+        lease_s: float,
+        fetch_timeout_s: float,
+    ) -> None:
+        self._server = server
+        self._local = local
+        self._transports = transports
+        self._fetch_timeout_s = fetch_timeout_s
+        self._leases = LeaseTable(lease_s)
+        self._sessions: OrderedDict[bytes, str] = OrderedDict()  # identity -> peer id
+        self._parked: list[_Parked] = []
+        self._running: dict[tuple[str, int], _Running] = {}
+        self._freed: list[str] = []
+
+    def take_freed(self) -> list[str]:
+        """Return the requests whose blocks vLLM may have back."""
+        freed, self._freed = self._freed, []
+        return freed
+
+    def grant(self, grant: Grant, now: float) -> None:
+        """Start a lease and serve the fetches that wait for it."""
+        try:
+            self._leases.grant(
+                grant.transfer_id,
+                request_id=grant.request_id,
+                block_ids=grant.block_ids,
+                num_fetches=1,
+                now=now,
+            )
+        except LocalProtocolError as exc:
+            logger.error("%s: %s", grant.request_id, exc)  # noqa: TRY400 - no bug to trace
+            self._freed.append(grant.request_id)
+            return
+        waiting = [p for p in self._parked if p.fetch.transfer_id == grant.transfer_id]
+        self._parked = [p for p in self._parked if p.fetch.transfer_id != grant.transfer_id]
+        for parked in waiting:
+            self._serve(parked.identity, parked.fetch, now)
+
+    def release(self, transfer_id: str) -> None:
+        """End a lease early."""
+        if request_id := self._leases.release(transfer_id):
+            self._freed.append(request_id)
+
+    def handle(self, identity: bytes, message: AnyMessage, now: float) -> None:
+        """React to one message of one peer."""
+        match message:
+            case Hello():
+                self._greet(identity, message)
+            case FetchBlocks() if identity in self._sessions:
+                self._fetch(identity, message, now)
+            case FetchBlocks():
+                self._server.send(identity, Refused(reason="no session; say Hello first"))
+            case Goodbye():
+                self._forget(identity)
+            case _:
+                self._server.num_dropped["unexpected"] += 1
+
+    def end_transfer(self, outcome: TransferOutcome) -> bool:
+        """Take note of a transport's outcome; return whether it was one of ours."""
+        running = self._running.pop((outcome.peer_id, outcome.transfer_id), None)
+        if running is None:
+            return False
+        if outcome.error is not None:
+            logger.warning("transfer %s not delivered: %s", running.transfer_id, outcome.error)
+        delivered = outcome.error is None
+        if request_id := self._leases.end_fetch(running.transfer_id, delivered=delivered):
+            self._freed.append(request_id)
+        return True
+
+    def expire(self, now: float) -> None:
+        """End what is overdue."""
+        for request_id in self._leases.expire(now):
+            logger.warning("%s: nobody fetched its KV cache before the lease ended", request_id)
+            self._freed.append(request_id)
+        for parked in [p for p in self._parked if p.deadline <= now]:
+            self._parked.remove(parked)
+            self._refuse(
+                parked.identity,
+                parked.fetch,
+                FetchFailure.UNKNOWN_TRANSFER,
+                f"no transfer {parked.fetch.transfer_id}",
+            )
+        for running in [r for r in self._running.values() if r.deadline <= now]:
+            logger.warning("transfer %s: the consumer does not finish", running.transfer_id)
+            self._forget(running.identity)
+
+    def next_deadline(self) -> float | None:
+        """Return when ``expire`` has something to do."""
+        times = [parked.deadline for parked in self._parked]
+        times += [running.deadline for running in self._running.values()]
+        if (expiry := self._leases.next_expiry()) is not None:
+            times.append(expiry)
+        return min(times, default=None)
+
+    def _greet(self, identity: bytes, hello: Hello) -> None:
+        if identity in self._sessions:
+            self._server.num_dropped["unexpected"] += 1
+            return
+        peer_id = identity.hex()
+        try:
+            check_compatible(self._local, hello)
+            for name in self._common_transports(hello):
+                self._transports[name].add_peer(peer_id, hello.endpoints[name])
+        except (IncompatiblePeerError, RemoteProtocolError) as exc:
+            logger.warning("refused a consumer: %s", exc)
+            for transport in self._transports.values():
+                transport.remove_peer(peer_id)
+            self._server.send(identity, Refused(reason=str(exc)))
+            return
+        self._sessions[identity] = peer_id
+        self._server.send(identity, self._local)
+        if len(self._sessions) > MAX_SESSIONS:
+            busy = {running.identity for running in self._running.values()}
+            idle = next((i for i in self._sessions if i not in busy and i != identity), None)
+            if idle is not None:
+                self._forget(idle)
+
+    def _common_transports(self, hello: Hello) -> Sequence[str]:
+        return [name for name in self._transports if name in hello.endpoints]
+
+    def _fetch(self, identity: bytes, fetch: FetchBlocks, now: float) -> None:
+        self._sessions.move_to_end(identity)
+        if self._leases.has_ended(fetch.transfer_id) or len(self._parked) >= MAX_PARKED:
+            detail = f"transfer {fetch.transfer_id} is over"
+            self._refuse(identity, fetch, FetchFailure.LEASE_ENDED, detail)
+        elif fetch.transfer_id in self._leases:
+            self._serve(identity, fetch, now)
+        else:
+            self._parked.append(_Parked(identity, fetch, now + self._fetch_timeout_s))
+
+    def _serve(self, identity: bytes, fetch: FetchBlocks, now: float) -> None:
+        peer_id = self._sessions.get(identity)
+        if peer_id is None:
+            return
+        key = peer_id, fetch.fetch_id
+        transport = self._transports.get(fetch.transport)
+        if transport is None or key in self._running:
+            detail = f"fetch {fetch.fetch_id} over {fetch.transport}"
+            self._refuse(identity, fetch, FetchFailure.TRANSPORT, detail)
+            return
+        try:
+            block_ids = self._leases.begin_fetch(
+                fetch.transfer_id, block_offset=fetch.block_offset, num_blocks=fetch.num_blocks
+            )
+        except LeaseExpiredError as exc:
+            self._refuse(identity, fetch, FetchFailure.LEASE_ENDED, str(exc))
+            return
+        except RemoteProtocolError as exc:
+            self._refuse(identity, fetch, FetchFailure.OUT_OF_RANGE, str(exc))
+            return
+        try:
+            transport.send_blocks(peer_id, fetch.fetch_id, block_ids)
+        except LocalProtocolError as exc:
+            if request_id := self._leases.end_fetch(fetch.transfer_id, delivered=False):
+                self._freed.append(request_id)
+            self._refuse(identity, fetch, FetchFailure.TRANSPORT, str(exc))
+            return
+        self._running[key] = _Running(identity, fetch.transfer_id, now + 2 * self._fetch_timeout_s)
+        self._server.send(identity, FetchReady(fetch_id=fetch.fetch_id))
+
+    def _refuse(
+        self, identity: bytes, fetch: FetchBlocks, failure: FetchFailure, detail: str
+    ) -> None:
+        logger.warning("refused a fetch: %s", detail)
+        answer = FetchFailed(fetch_id=fetch.fetch_id, failure=failure, detail=detail)
+        self._server.send(identity, answer)
+
+    def _forget(self, identity: bytes) -> None:
+        """End a session; its running transfers end with an outcome of the transport."""
+        if peer_id := self._sessions.pop(identity, None):
+            self._parked = [p for p in self._parked if p.identity != identity]
+            for transport in self._transports.values():
+                transport.remove_peer(peer_id)
