@@ -1,0 +1,45 @@
+"""What the scheduler half tells the worker half, once per engine step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from vllm.distributed.kv_transfer.kv_connector.v1.base import (
+    KVConnectorHandshakeMetadata,
+    KVConnectorMetadata,
+)
+
+from vllm_pd.session.consumer import FetchRequest
+from vllm_pd.session.producer import Grant
+
+
+@dataclass
+class PDConnectorMetadata(KVConnectorMetadata):
+    """One step's news; picklable, as vLLM sends it between processes.
+
+    Attributes:
+        loads: remote prefills to fetch.
+        grants: prefills that finished here and wait for a consumer.
+        releases: transfer ids that nobody will fetch.
+    """
+
+    loads: list[FetchRequest] = field(default_factory=list)
+    grants: list[Grant] = field(default_factory=list)
+    releases: list[str] = field(default_factory=list)
+
+
+@dataclass
+class PDHandshakeMetadata(KVConnectorHandshakeMetadata):
+    """Where a worker's control endpoint is; goes to the scheduler half once.
+
+    Attributes:
+        tp_rank: the worker's tensor-parallel rank.
+        host: host of its control endpoint.
+        port: port of it.
+        fingerprint: encoded ``protocol.messages.Fingerprint``.
+    """
+
+    tp_rank: int
+    host: str
+    port: int
+    fingerprint: bytes

@@ -1,0 +1,278 @@
+"""Scheduler half of the connector: decides, never moves bytes.
+
+It runs in vLLM's EngineCore process and reads little of vLLM's objects, which
+the Protocols below name, so that it is tested without an engine.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from vllm_pd.config import ConnectorConfig
+from vllm_pd.errors import RemoteProtocolError
+from vllm_pd.protocol.params import (
+    RemotePrefill,
+    parse_remote_prefill,
+    prompt_digest,
+    remote_prefill_params,
+    transfer_id_of,
+    wants_remote_decode,
+)
+from vllm_pd.session.consumer import FetchRequest
+from vllm_pd.session.producer import Grant
+
+logger = logging.getLogger(__name__)
+
+_DELIVERABLE = {"FINISHED_STOPPED", "FINISHED_LENGTH_CAPPED"}
+"""Final states of a request whose KV cache is complete and wanted."""
+
+
+class SchedulerRequest(Protocol):
+    """The part of ``vllm.v1.request.Request`` that this module reads."""
+
+    request_id: str
+    num_prompt_tokens: int
+    num_computed_tokens: int
+    prompt_token_ids: list[int] | None
+    kv_transfer_params: dict[str, Any] | None
+    lora_request: Any
+    status: Any
+
+
+class Endpoint(Protocol):
+    """The part of ``session.instance.InstanceEndpoint`` that this module uses."""
+
+    host: str
+    port: int
+
+    def take_releases(self) -> list[str]: ...  # noqa: D102
+    def send_release(self, host: str, port: int, transfer_id: str) -> None: ...  # noqa: D102
+    def set_num_leases(self, num_leases: int) -> None: ...  # noqa: D102
+
+
+@dataclass(frozen=True, slots=True)
+class StepNews:
+    """What the worker half is told in one step."""
+
+    loads: list[FetchRequest]
+    grants: list[Grant]
+    releases: list[str]
+
+
+class PDConnectorScheduler:
+    """Per-request decisions of one engine's scheduler process.
+
+    Args:
+        config: of the connector.
+        engine_id: this engine.
+        block_size: tokens per block.
+        tp_size: tensor-parallel size, told to consumers.
+        endpoint: this instance's control endpoint.
+    """
+
+    def __init__(
+        self,
+        config: ConnectorConfig,
+        *,
+        engine_id: str,
+        block_size: int,
+        tp_size: int,
+        endpoint: Endpoint,
+    ) -> None:
+        self._min_load_tokens = config.min_load_tokens
+        self._engine_id = engine_id
+        self._block_size = block_size
+        self._tp_size = tp_size
+        self._endpoint = endpoint
+        self._remotes: dict[str, RemotePrefill | None] = {}  # request id -> its remote prefill
+        self._decided: set[str] = set()  # requests whose remote KV was fetched or given up
+        self._leased: dict[str, str] = {}  # request id -> transfer id
+        self._loads: list[FetchRequest] = []
+        self._grants: list[Grant] = []
+
+    def get_num_new_matched_tokens(
+        self, request: SchedulerRequest, num_computed_tokens: int
+    ) -> tuple[int, bool]:
+        """Decide how much of the prompt to load from the prefill instance.
+
+        vLLM may ask several times for one request, so this records nothing but
+        the checked params; the load is decided in ``update_state_after_alloc``.
+
+        Args:
+            request: the waiting request. Its ``kv_transfer_params`` name the
+                remote prefill; without them nothing is loaded.
+            num_computed_tokens: leading prompt tokens that the local prefix
+                cache already covers.
+
+        Returns:
+            ``(num_tokens, load_async)``. ``num_tokens`` counts tokens, not
+            blocks, and starts after ``num_computed_tokens``. ``load_async``
+            is True exactly when ``num_tokens`` > 0: the request then waits in
+            WAITING_FOR_REMOTE_KVS until the worker reports it received.
+            ``(0, False)`` means: compute the prompt here.
+
+        A request that has loaded once, well or badly, is not loaded again: after
+        a failed load vLLM asks once more, and after a preemption the producer
+        has freed the blocks.
+        """
+        remote = self._remote_of(request)
+        if remote is None or request.request_id in self._decided:
+            return 0, False
+        num_tokens = remote.remote_num_tokens - num_computed_tokens
+        if num_tokens < self._min_load_tokens:
+            return 0, False
+        return num_tokens, True
+
+    def update_state_after_alloc(
+        self,
+        request: SchedulerRequest,
+        block_ids: Sequence[int],
+        num_external_tokens: int,
+    ) -> None:
+        """Record a load, or give the remote prefill up.
+
+        vLLM calls this for every admitted request, and a second time, with 0
+        tokens, for one that has loaded.
+
+        Args:
+            request: the request.
+            block_ids: all of its blocks, those of the local prefix cache first.
+            num_external_tokens: tokens to load; 0 for none.
+        """
+        remote = self._remote_of(request)
+        if remote is None or request.request_id in self._decided:
+            return
+        self._decided.add(request.request_id)
+        if num_external_tokens == 0:
+            self._release(remote)
+            return
+        first = (remote.remote_num_tokens - num_external_tokens) // self._block_size
+        last = -(-remote.remote_num_tokens // self._block_size)
+        self._loads.append(
+            FetchRequest(
+                request_id=request.request_id,
+                transfer_id=remote.transfer_id,
+                remote_engine_id=remote.remote_engine_id,
+                remote_host=remote.remote_host,
+                remote_port=remote.remote_port,
+                block_offset=first,
+                block_ids=tuple(block_ids[first:last]),
+            )
+        )
+
+    def build_step_news(self) -> StepNews:
+        """Return what the worker half must know now, and forget it."""
+        news = StepNews(self._loads, self._grants, self._endpoint.take_releases())
+        self._loads, self._grants = [], []
+        return news
+
+    def request_finished(
+        self, request: SchedulerRequest, block_ids: Sequence[int]
+    ) -> tuple[bool, dict[str, Any] | None]:
+        """Decide whether a finished request's blocks are kept for a consumer.
+
+        Args:
+            request: the request; vLLM calls this once for each.
+            block_ids: its blocks. 0.32 gives those of computed tokens, 0.23 may
+                give more.
+
+        Returns:
+            ``(keep, params)``: True when vLLM must keep the blocks until the
+            worker half reports the request as sent, and the
+            ``kv_transfer_params`` of the response.
+        """
+        remote = self._remotes.pop(request.request_id, None)
+        if request.request_id in self._decided:
+            self._decided.remove(request.request_id)
+        elif remote := remote or self._parse(request):
+            self._release(remote)  # aborted or rejected before it was scheduled
+        params = request.kv_transfer_params
+        if params is None or not wants_remote_decode(params):
+            return False, None
+        return self._grant(request, params, block_ids)
+
+    def update_finished_sending(self, request_ids: Iterable[str]) -> None:
+        """Take note that the worker half has given blocks back."""
+        for request_id in request_ids:
+            self._leased.pop(request_id, None)
+        self._endpoint.set_num_leases(len(self._leased))
+
+    @property
+    def leased_requests(self) -> Collection[str]:
+        """Requests whose blocks are kept for a consumer."""
+        return self._leased.keys()
+
+    def _grant(
+        self, request: SchedulerRequest, params: dict[str, Any], block_ids: Sequence[int]
+    ) -> tuple[bool, dict[str, Any] | None]:
+        num_tokens = min(request.num_computed_tokens, request.num_prompt_tokens)
+        num_blocks = -(-num_tokens // self._block_size)
+        if request.status.name not in _DELIVERABLE or not 0 < num_blocks <= len(block_ids):
+            return False, None
+        transfer_id = transfer_id_of(params, default=request.request_id)
+        if transfer_id in self._leased.values():
+            logger.warning("%s: transfer %s is leased already", request.request_id, transfer_id)
+            return False, None
+        kept = tuple(block_ids[:num_blocks])
+        self._leased[request.request_id] = transfer_id
+        self._grants.append(Grant(transfer_id, request.request_id, kept))
+        self._endpoint.set_num_leases(len(self._leased))
+        remote = RemotePrefill(
+            transfer_id=transfer_id,
+            remote_engine_id=self._engine_id,
+            remote_request_id=request.request_id,
+            remote_host=self._endpoint.host,
+            remote_port=self._endpoint.port,
+            remote_num_tokens=num_tokens,
+            remote_prompt_digest=_digest(request, num_tokens),
+        )
+        return True, remote_prefill_params(remote, block_ids=kept, tp_size=self._tp_size)
+
+    def _remote_of(self, request: SchedulerRequest) -> RemotePrefill | None:
+        """Return the usable remote prefill of a request; checked once per request."""
+        if not request.kv_transfer_params:
+            return None
+        if request.request_id not in self._remotes:
+            self._remotes[request.request_id] = self._check(request)
+        return self._remotes[request.request_id]
+
+    def _check(self, request: SchedulerRequest) -> RemotePrefill | None:
+        """Return the remote prefill if its KV is that of this prompt.
+
+        Unusable params are logged and treated as absent. A client must not be
+        able to fail the engine's step, and recomputing is always correct.
+        """
+        remote = self._parse(request)
+        if remote is None:
+            return None
+        problem = None
+        if remote.remote_num_tokens > request.num_prompt_tokens:
+            problem = f"{remote.remote_num_tokens} remote tokens, {request.num_prompt_tokens} here"
+        elif remote.remote_prompt_digest not in ("", _digest(request, remote.remote_num_tokens)):
+            problem = "the remote prefill is of another prompt"
+        if problem is None:
+            return remote
+        logger.warning("%s: prefilling locally: %s", request.request_id, problem)
+        self._release(remote)
+        return None
+
+    def _parse(self, request: SchedulerRequest) -> RemotePrefill | None:
+        try:
+            return parse_remote_prefill(request.kv_transfer_params)
+        except RemoteProtocolError as exc:
+            logger.warning("%s: prefilling locally: %s", request.request_id, exc)
+            return None
+
+    def _release(self, remote: RemotePrefill) -> None:
+        self._endpoint.send_release(remote.remote_host, remote.remote_port, remote.transfer_id)
+
+
+def _digest(request: SchedulerRequest, num_tokens: int) -> str:
+    """Return the digest of a prompt's leading tokens, or ``""`` if it has no token ids."""
+    if request.prompt_token_ids is None:  # prompt embeddings
+        return ""
+    lora_name = getattr(request.lora_request, "lora_name", "")
+    return prompt_digest(request.prompt_token_ids[:num_tokens], salt=lora_name)

@@ -1,0 +1,140 @@
+"""Worker half of the connector: drives the sessions and reports to vLLM.
+
+It runs on the engine's worker thread. Everything slow happens on the session
+thread; the hooks here hand work over and collect results.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from vllm_pd.config import ConnectorConfig
+from vllm_pd.connector.kv_cache import to_layout, to_regions
+from vllm_pd.protocol.messages import Fingerprint
+from vllm_pd.session.consumer import FetchRequest
+from vllm_pd.session.manager import LocalWorker, SessionManager
+from vllm_pd.session.producer import Grant
+from vllm_pd.transport.base import TransportOptions
+from vllm_pd.transport.registry import open_transports
+
+if TYPE_CHECKING:
+    import torch
+
+logger = logging.getLogger(__name__)
+
+
+class PDConnectorWorker:
+    """One worker's part in transfers.
+
+    Args:
+        config: of the connector.
+        engine_id: this engine.
+        tp_rank: this worker's tensor-parallel rank.
+        tp_size: number of ranks.
+        fingerprint: of this worker's KV cache.
+    """
+
+    def __init__(
+        self,
+        config: ConnectorConfig,
+        *,
+        engine_id: str,
+        tp_rank: int,
+        tp_size: int,
+        fingerprint: Fingerprint,
+    ) -> None:
+        self._config = config
+        self._engine_id = engine_id
+        self.tp_rank = tp_rank
+        self._tp_size = tp_size
+        self.fingerprint = fingerprint
+        self._manager: SessionManager | None = None
+        self._invalid_block_ids: set[int] = set()
+        self._not_started: list[FetchRequest] = []
+
+    def register_kv_caches(
+        self, kv_caches: Mapping[str, torch.Tensor | Sequence[torch.Tensor]]
+    ) -> None:
+        """Open the transports on the KV cache and start the session thread.
+
+        Raises:
+            ConfigError: the KV cache, a transport or the key cannot be used.
+        """
+        regions = to_regions(kv_caches)
+        layout = to_layout(regions)
+        options = TransportOptions(host=self._config.side_channel_host)
+        transports = open_transports(self._config.transport_names, regions, options)
+        local = LocalWorker(self._engine_id, self.tp_rank, self._tp_size, self.fingerprint, layout)
+        self._manager = SessionManager(self._config, local, transports)
+        logger.info(
+            "engine %s rank %d: %d KV regions of %d blocks, transports %s, control port %d",
+            self._engine_id,
+            self.tp_rank,
+            len(regions),
+            layout.num_blocks,
+            ", ".join(transports),
+            self._manager.port,
+        )
+
+    @property
+    def address(self) -> tuple[str, int] | None:
+        """Host and port of the control endpoint; None before registration."""
+        return (self._manager.host, self._manager.port) if self._manager else None
+
+    def start(
+        self, loads: Iterable[FetchRequest], grants: Iterable[Grant], releases: Iterable[str]
+    ) -> None:
+        """Hand one step's news to the session thread."""
+        for request in loads:
+            if self._manager is None:
+                self._not_started.append(request)
+            else:
+                self._manager.fetch(request)
+        if self._manager is not None:
+            for grant in grants:
+                self._manager.grant(grant)
+            for transfer_id in releases:
+                self._manager.release(transfer_id)
+
+    def get_finished(self) -> tuple[set[str], set[str]]:
+        """Return ``(finished_sending, finished_recving)`` since the last call.
+
+        A failed fetch is among the received, with its blocks in
+        ``take_invalid_block_ids``: vLLM 0.32 frees or recomputes only requests
+        that are reported as received.
+        """
+        finished_recving: set[str] = set()
+        for request in self._not_started:
+            finished_recving.add(request.request_id)
+            self._invalid_block_ids.update(request.block_ids)
+        self._not_started = []
+        if self._manager is None:
+            return set(), finished_recving
+        results = self._manager.take_results()
+        for fetched in results.fetched:
+            finished_recving.add(fetched.request_id)
+            if fetched.error is None:
+                logger.debug(
+                    "%s: %d bytes in %.1f ms",
+                    fetched.request_id,
+                    fetched.num_bytes,
+                    fetched.duration_s * 1e3,
+                )
+                continue
+            logger.warning(
+                "%s: KV not received, vLLM recomputes it: %s", fetched.request_id, fetched.error
+            )
+            self._invalid_block_ids.update(fetched.block_ids)
+        return set(results.freed), finished_recving
+
+    def take_invalid_block_ids(self) -> set[int]:
+        """Return the blocks of failed fetches that ``get_finished`` has reported."""
+        invalid, self._invalid_block_ids = self._invalid_block_ids, set()
+        return invalid
+
+    def close(self) -> None:
+        """Stop the session thread and close the transports; idempotent."""
+        if self._manager is not None:
+            self._manager.close()
