@@ -1,0 +1,107 @@
+from __future__ import annotations
+
+import json
+
+from tests.unit.router.conftest import StartInstance, StartRouter
+from tests.unit.router.fakes import FakeInstance, Streams, completes
+
+CHAT = "/v1/chat/completions"
+BODY = {"messages": [{"role": "user", "content": "hi"}], "stream": True}
+
+
+async def test_a_stream_reaches_the_client_byte_for_byte(
+    start_router: StartRouter, start_instance: StartInstance, prefill: FakeInstance
+) -> None:
+    text = 'data: {"a": "\u00e4\u4f60"}\r\n\r\n: keep-alive\n\ndata: [DONE]\n\n'.encode()
+    decode = await start_instance(Streams([text[i : i + 1] for i in range(len(text))]))
+    router = await start_router([prefill], [decode])
+
+    async with router.post(CHAT, json=BODY) as response:
+        assert response.status == 200
+        assert response.headers["Content-Type"] == "text/event-stream; charset=utf-8"
+        assert response.headers["X-VLLM-PD-Path"] == "disaggregated"
+        assert await response.read() == text
+
+    assert prefill.received[0].json["stream"] is False
+    assert decode.received[0].json["stream"] is True
+
+
+async def test_the_first_bytes_do_not_wait_for_the_next(
+    start_router: StartRouter, start_instance: StartInstance, prefill: FakeInstance
+) -> None:
+    streams = Streams([b"data: half an ev"], wait=True)
+    decode = await start_instance(streams)
+    router = await start_router([prefill], [decode])
+
+    async with router.post(CHAT, json=BODY) as response:
+        assert await response.content.readany() == b"data: half an ev"
+        streams.go_on.set()
+        assert await response.content.readany() == b""
+
+
+async def test_a_decode_instance_that_dies_mid_stream_ends_it_with_an_error_event(
+    start_router: StartRouter, start_instance: StartInstance, prefill: FakeInstance
+) -> None:
+    other = await start_instance(completes)
+    decode = await start_instance(Streams([b'data: {"a": 1}\n\n', b'data: {"b"'], die=True))
+    router = await start_router([prefill], [decode, other])
+
+    async with router.post(CHAT, json=BODY) as response:
+        stream = await response.read()
+    async with router.get("/metrics") as response:
+        metrics = await response.text()
+
+    *before, error = [event for event in stream.split(b"\n\n") if event]
+    assert before == [b'data: {"a": 1}', b'data: {"b"']
+    assert json.loads(error.removeprefix(b"data: "))["error"]["code"] == 502
+    assert other.received == []
+    assert f'code="502",endpoint="{CHAT}",path="disaggregated"' in metrics
+
+
+async def test_a_decode_instance_that_falls_silent_ends_the_stream_with_an_error_event(
+    start_router: StartRouter, start_instance: StartInstance, prefill: FakeInstance
+) -> None:
+    decode = await start_instance(Streams([b"data: 1\n\n"], wait=True))
+    router = await start_router([prefill], [decode], decode_idle_timeout_s=0.05)
+
+    async with router.post(CHAT, json=BODY) as response:
+        stream = await response.read()
+
+    assert json.loads(stream.split(b"data: ")[-1])["error"]["code"] == 504
+    await decode.cancelled.wait()
+
+
+async def test_a_stream_that_dies_before_its_first_byte_moves_to_another_instance(
+    start_router: StartRouter, start_instance: StartInstance, prefill: FakeInstance
+) -> None:
+    bad = await start_instance(Streams([], die=True))
+    good = await start_instance(Streams([b"data: 1\n\n"]))
+    router = await start_router([prefill], [bad, good])
+
+    async with router.post(CHAT, json=BODY) as response:
+        assert await response.read() == b"data: 1\n\n"
+
+    assert len(bad.received) == len(good.received) == 1
+
+
+async def test_an_empty_stream_is_no_success(
+    start_router: StartRouter, start_instance: StartInstance, prefill: FakeInstance
+) -> None:
+    decode = await start_instance(Streams([]))
+    router = await start_router([prefill], [decode])
+
+    async with router.post(CHAT, json=BODY) as response:
+        assert response.status == 502
+
+
+async def test_a_client_that_leaves_ends_the_stream(
+    start_router: StartRouter, start_instance: StartInstance, prefill: FakeInstance
+) -> None:
+    decode = await start_instance(Streams([b"data: 1\n\n"], wait=True))
+    router = await start_router([prefill], [decode])
+
+    async with router.post(CHAT, json=BODY) as response:
+        await response.content.readany()
+        response.close()
+
+    await decode.cancelled.wait()

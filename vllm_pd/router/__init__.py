@@ -1,0 +1,1 @@
+"""OpenAI front of a deployment: sends every request prefill-first over HTTP."""

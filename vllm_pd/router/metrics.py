@@ -1,0 +1,91 @@
+"""What the router counts, for Prometheus."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
+
+from vllm_pd.router.instances import InstancePool
+
+_CLIENT_CLOSED = 499
+"""nginx's status for a client that left before its answer was complete."""
+
+
+@dataclass(slots=True)
+class Outcome:
+    """How one request went; filled in while it is served.
+
+    Attributes:
+        path: ``X-VLLM-PD-Path`` of the answer, ``none`` if no instance was chosen.
+        code: HTTP status; of a stream that broke, the status it should have had.
+    """
+
+    path: str = "none"
+    code: int = 500
+
+
+class Metrics:
+    """The metrics of one app, in a registry of its own."""
+
+    def __init__(self) -> None:
+        self._registry = CollectorRegistry()
+        self._requests = Counter(
+            "vllm_pd:router_requests",
+            "Requests to the OpenAI endpoints.",
+            ["endpoint", "path", "code"],
+            registry=self._registry,
+        )
+        self._in_flight = Gauge(
+            "vllm_pd:router_requests_in_flight",
+            "Requests to the OpenAI endpoints that are being served.",
+            registry=self._registry,
+        )
+        self.prefill_retries = Counter(
+            "vllm_pd:router_prefill_retries",
+            "Prefill legs sent again, to another prefill instance.",
+            registry=self._registry,
+        )
+        self.decode_only = Counter(
+            "vllm_pd:router_decode_only",
+            "Requests that the decode instance prefilled by itself.",
+            ["reason"],
+            registry=self._registry,
+        )
+        self._instance_up = Gauge(
+            "vllm_pd:router_instance_up",
+            "Whether the router sends requests to an instance.",
+            ["role", "url"],
+            registry=self._registry,
+        )
+        self._instance_in_flight = Gauge(
+            "vllm_pd:router_instance_in_flight",
+            "Requests that the router has open on an instance.",
+            ["role", "url"],
+            registry=self._registry,
+        )
+
+    @contextlib.contextmanager
+    def request(self, endpoint: str) -> Iterator[Outcome]:
+        """Count one request, for the time of the context."""
+        outcome = Outcome()
+        self._in_flight.inc()
+        try:
+            yield outcome
+        except (asyncio.CancelledError, ConnectionResetError):
+            outcome.code = _CLIENT_CLOSED
+            raise
+        finally:
+            self._in_flight.dec()
+            self._requests.labels(endpoint, outcome.path, str(outcome.code)).inc()
+
+    def render(self, pool: InstancePool) -> bytes:
+        """Return everything in Prometheus' text format."""
+        for instance in pool:
+            labels = (instance.role.value, instance.base_url)
+            self._instance_up.labels(*labels).set(instance.healthy)
+            self._instance_in_flight.labels(*labels).set(instance.in_flight)
+        return generate_latest(self._registry)
