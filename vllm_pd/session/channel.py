@@ -19,6 +19,7 @@ from vllm_pd.config import ConnectorConfig
 from vllm_pd.errors import ConfigError, PeerLostError, RemoteProtocolError
 from vllm_pd.protocol.messages import MAX_FRAME_LEN, AnyMessage, decode, encode
 from vllm_pd.session.keys import ClusterKey, load_cluster_key
+from vllm_pd.transport.threads import name_thread
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +51,7 @@ class ControlContext:
         if self._key is not None:
             self._authenticator = ThreadAuthenticator(self._context)
             self._authenticator.start()
+            name_thread(self._authenticator.thread, "auth")
             self._authenticator.configure_curve_callback(
                 credentials_provider=_OnlyThisKey(self._key.public)
             )

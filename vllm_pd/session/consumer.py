@@ -41,7 +41,7 @@ from vllm_pd.transport.base import TransferOutcome, Transport
 
 logger = logging.getLogger(__name__)
 
-_GOODBYE_LINGER_S = 1.0
+_GOODBYE_LINGER_S = 0.2  # a lost goodbye costs the producer a forgotten session, no more
 
 
 @dataclass(frozen=True, slots=True)

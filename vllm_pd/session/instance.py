@@ -26,6 +26,7 @@ from vllm_pd.protocol.messages import (
     WorkerAddress,
 )
 from vllm_pd.session.channel import ControlContext, ControlServer
+from vllm_pd.transport.threads import name_this_thread
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +63,7 @@ class InstanceEndpoint:
             os.close(self._wake)
             raise
         self.host, self.port = self._server.host, self._server.port
-        self._thread = threading.Thread(target=self._run, name="vllm-pd-instance", daemon=True)
+        self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
     def set_workers(
@@ -106,6 +107,7 @@ class InstanceEndpoint:
             os.eventfd_write(self._wake, 1)
 
     def _run(self) -> None:
+        name_this_thread("inst")
         poller = zmq.Poller()
         poller.register(self._server.socket, zmq.POLLIN)
         poller.register(self._wake, zmq.POLLIN)

@@ -25,6 +25,7 @@ from vllm_pd.session.channel import ControlContext
 from vllm_pd.session.consumer import Consumer, FetchRequest, FetchResult
 from vllm_pd.session.producer import Grant, Producer
 from vllm_pd.transport.base import Transport
+from vllm_pd.transport.threads import name_this_thread
 
 logger = logging.getLogger(__name__)
 
@@ -112,7 +113,7 @@ class SessionManager:
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._poller = zmq.Poller()
         self._polled_changes = -1
-        self._thread = threading.Thread(target=self._run, name="vllm-pd-session", daemon=True)
+        self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
     def grant(self, grant: Grant) -> None:
@@ -125,14 +126,12 @@ class SessionManager:
 
     def fetch(self, request: FetchRequest) -> None:
         """Begin to fetch blocks."""
-        if self._closing:
+        if not self._post(lambda now: self._consumer.start(request, now)):
             error = PeerLostError("this engine shuts down")
             with self._lock:
                 self._results.fetched.append(
                     FetchResult(request.request_id, request.block_ids, 0, 0.0, error)
                 )
-            return
-        self._post(lambda now: self._consumer.start(request, now))
 
     def take_results(self) -> Results:
         """Return what ended since the last call."""
@@ -144,9 +143,10 @@ class SessionManager:
 
     def close(self) -> None:
         """End all sessions and close the transports; idempotent."""
-        if self._closing:
-            return
-        self._closing = True
+        with self._lock:
+            if self._closing:
+                return
+            self._closing = True
         self._wake_up()
         self._thread.join(timeout=10.0)
         os.close(self._wake)
@@ -157,15 +157,21 @@ class SessionManager:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _post(self, command: Callable[[float], None]) -> None:
-        self._commands.append(command)
+    def _post(self, command: Callable[[float], None]) -> bool:
+        """Hand a command to the session thread; False when it takes none any more."""
+        with self._lock:
+            if self._closing:
+                return False
+            self._commands.append(command)
         self._wake_up()
+        return True
 
     def _wake_up(self) -> None:
         with suppress(OSError):
             os.eventfd_write(self._wake, 1)
 
     def _run(self) -> None:
+        name_this_thread("session")
         while not self._closing:
             try:
                 self._wait()
@@ -223,6 +229,8 @@ class SessionManager:
     def _shut_down(self) -> None:
         now = time.monotonic()
         try:
+            while self._commands:
+                self._commands.popleft()(now)
             self._consumer.close(now)
             for transport in self._transports.values():
                 transport.close()

@@ -51,6 +51,7 @@ from vllm_pd.transport.base import (
 )
 from vllm_pd.transport.ledger import Ledger, Posted
 from vllm_pd.transport.links import Direction, Endpoint, LinkEvent, LinkPool, Mark
+from vllm_pd.transport.threads import name_this_thread
 
 logger = logging.getLogger(__name__)
 
@@ -150,7 +151,9 @@ class ShmTransport(Transport):
         self._copied: queue.SimpleQueue[tuple[_CopyJob, str | None]] = queue.SimpleQueue()
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._links.watch(self._wake)
-        self._copiers = ThreadPoolExecutor(options.num_copy_threads, "vllm-pd-copy")
+        self._copiers = ThreadPoolExecutor(
+            options.num_copy_threads, initializer=name_this_thread, initargs=("copy",)
+        )
         self._is_closed = False
 
     def register_regions(self, regions: Sequence[KVRegion]) -> None:  # noqa: D102

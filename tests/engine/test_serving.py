@@ -1,0 +1,286 @@
+"""The main job, on real vLLM: prefill here, decode there, the same answer as anywhere.
+
+Each class is one deployment, started once. The colocated instance of ``reference``
+has no connector and no router.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import pytest
+
+from tests.engine.conftest import Reference, post_bad_requests
+from tests.engine.deployment import REPO, Deployment, deployed, get, metric
+from tests.engine.workload import Answer, Case, ask, ask_all, completion
+from vllm_pd.transport.threads import PREFIX
+
+pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.timeout(600)]
+
+
+def check_equal(expected: list[tuple[Case, Answer]], url: str, *, concurrency: int) -> None:
+    answers = asyncio.run(ask_all(url, [case for case, _ in expected], concurrency=concurrency))
+    different = [
+        (case, answer, wanted)
+        for (case, wanted), answer in zip(expected, answers, strict=True)
+        if answer != wanted
+    ]
+    assert not different, f"{len(different)} of {len(answers)} differ, first: {different[0]}"
+
+
+def check_that_kv_moved(
+    deployment: Deployment, expected: list[tuple[Case, Answer]], before: dict[str, float]
+) -> None:
+    """All prompt tokens but the last came from outside, or from what came before."""
+    after = deployment.tokens_by_source()
+    moved = {source: after[source] - before[source] for source in after}
+    total = sum(answer.num_prompt_tokens for _, answer in expected)
+    assert sum(moved.values()) == total, moved
+    assert moved["local_compute"] <= len(expected), moved
+    # Prompts that repeat others' prefixes are partly cached on the decode side by now.
+    assert moved["external_kv_transfer"] > 0.75 * total, moved
+
+
+class TestOnePrefillOneDecode:
+    """The default deployment; ``auto`` picks shared memory."""
+
+    @pytest.fixture(scope="class")
+    def deployment(
+        self, model: Path, tmp_path_factory: pytest.TempPathFactory
+    ) -> Iterator[Deployment]:
+        with deployed(tmp_path_factory.mktemp("run"), model) as deployment:
+            yield deployment
+
+    def test_answers_equal_those_of_a_colocated_instance(
+        self, deployment: Deployment, reference: Reference
+    ) -> None:
+        assert len(reference.equality) >= 40
+        before = deployment.tokens_by_source()
+        check_equal(reference.equality, deployment.router, concurrency=8)
+        check_that_kv_moved(deployment, reference.equality, before)
+        assert "over shm" in log_of(deployment, "decode-0")
+        deployment.wait_until_no_block_is_used()
+
+    def test_200_requests_at_16_in_flight_lose_and_leak_nothing(
+        self, deployment: Deployment, reference: Reference
+    ) -> None:
+        check_equal(reference.load, deployment.router, concurrency=16)
+        deployment.wait_until_no_block_is_used()
+
+    @pytest.mark.parametrize(
+        "name",
+        list(
+            bad_names := [
+                "invalid JSON",
+                "not an object",
+                "unknown model",
+                "negative max_tokens",
+                "prompt too long",
+                "prompt and answer too long",
+                "wrong type",
+                "no messages",
+                "unknown endpoint",
+            ]
+        ),
+    )
+    def test_bad_requests_are_answered_as_vllm_does(
+        self, deployment: Deployment, reference: Reference, name: str
+    ) -> None:
+        found = asyncio.run(post_bad_requests(deployment.router))[name]
+        assert masked(found) == masked(reference.errors[name])
+
+    def test_client_that_leaves_stops_both_legs(self, deployment: Deployment) -> None:
+        case = completion([12] * 700, stream=True, max_tokens=2000)
+
+        async def leave() -> None:
+            async with (
+                aiohttp.ClientSession() as session,
+                session.post(deployment.router + case.path, json=case.body) as response,
+            ):
+                await response.content.readany()
+
+        asyncio.run(leave())
+        for url in deployment.prefill + deployment.decode:
+            wait_for(lambda url=url: metric(url, "vllm:num_requests_running") == 0)  # type: ignore[misc]
+        deployment.wait_until_no_block_is_used()
+
+    def test_idle_threads_use_no_cpu(self, deployment: Deployment) -> None:
+        threads = our_threads(deployment)
+        names = {name for name, _ in threads.values()}
+        assert {f"{PREFIX}session"[:15], f"{PREFIX}inst", f"{PREFIX}auth"} <= names, names
+        time.sleep(1)
+        before, started = our_threads(deployment), time.monotonic()
+        time.sleep(10)
+        after, elapsed = our_threads(deployment), time.monotonic() - started
+        used = {
+            key: (name, (ticks - before[key][1]) / os.sysconf("SC_CLK_TCK") / elapsed)
+            for key, (name, ticks) in after.items()
+            if key in before
+        }
+        assert sum(share for _, share in used.values()) < 0.01, used
+
+    def test_router_reports_itself(self, deployment: Deployment) -> None:
+        assert '"m"' in get(f"{deployment.router}/v1/models")
+        get(f"{deployment.router}/health")
+        get(f"{deployment.router}/ready")
+
+
+class TestTcp:
+    """Shared memory is there, but not used."""
+
+    def test_answers_equal_those_of_a_colocated_instance(
+        self, model: Path, reference: Reference, tmp_path: Path
+    ) -> None:
+        with deployed(tmp_path, model, connector={"transport": "tcp"}) as deployment:
+            before = deployment.tokens_by_source()
+            check_equal(reference.equality, deployment.router, concurrency=8)
+            check_that_kv_moved(deployment, reference.equality, before)
+            assert "over tcp" in log_of(deployment, "decode-0")
+            check_equal(reference.load, deployment.router, concurrency=16)
+            deployment.wait_until_no_block_is_used()
+
+
+class TestOnePrefillTwoDecodes:
+    def test_answers_equal_those_of_a_colocated_instance(
+        self, model: Path, reference: Reference, tmp_path: Path
+    ) -> None:
+        with deployed(tmp_path, model, num_decode=2) as deployment:
+            before = deployment.tokens_by_source()
+            check_equal(reference.equality, deployment.router, concurrency=8)
+            check_that_kv_moved(deployment, reference.equality, before)
+            for url in deployment.decode:
+                assert metric(url, "vllm:request_success_total") > 0
+            check_equal(reference.load, deployment.router, concurrency=16)
+            deployment.wait_until_no_block_is_used()
+
+
+class TestCorruption:
+    def test_flipped_bytes_change_the_answer(
+        self, model: Path, reference: Reference, tmp_path: Path
+    ) -> None:
+        """The equality tests have teeth: damage in one block of a transfer shows."""
+        connector = {
+            "kv_connector": "CorruptingConnector",
+            "kv_connector_module_path": "tests.engine.corrupting_connector",
+            "kv_role": "kv_both",
+            "kv_load_failure_policy": "recompute",
+        }
+        import json
+
+        decode = {
+            "args": ["--kv-transfer-config", json.dumps(connector)],
+            "env": {"PYTHONPATH": str(REPO)},
+        }
+        with deployed(tmp_path, model, decode=decode, connector={"transport": "shm"}) as deployment:
+            case, wanted = next(
+                (case, answer)
+                for case, answer in reference.equality
+                if answer.num_prompt_tokens == 512
+            )
+
+            async def one() -> Answer:
+                async with aiohttp.ClientSession() as session:
+                    return await ask(session, deployment.router, case)
+
+            assert asyncio.run(one()).token_ids != wanted.token_ids
+            assert deployment.tokens_by_source()["external_kv_transfer"] > 0
+
+
+class TestPrefillInstanceKilled:
+    def test_requests_in_flight_are_answered_and_the_service_recovers(
+        self, model: Path, reference: Reference, tmp_path: Path
+    ) -> None:
+        with deployed(tmp_path, model) as deployment:
+            decode_pid = deployment.status()["decode-0"]["pid"]
+            outcomes = asyncio.run(kill_under_load(deployment, reference.load))
+            assert outcomes["wrong"] == []
+            assert outcomes["late"] == []
+            assert outcomes["right"]
+            wait_for(
+                lambda: (
+                    deployment.status()["prefill-0"]["num_restarts"] == 1
+                    and deployment.status()["prefill-0"]["status"] == "ready"
+                ),
+                timeout_s=120,
+            )
+            before = deployment.tokens_by_source()
+            check_equal(reference.equality[:12], deployment.router, concurrency=4)
+            moved = deployment.tokens_by_source()
+            assert moved["external_kv_transfer"] > before["external_kv_transfer"]
+            assert deployment.status()["decode-0"]["pid"] == decode_pid
+            deployment.wait_until_no_block_is_used()
+
+
+async def kill_under_load(
+    deployment: Deployment, expected: list[tuple[Case, Answer]]
+) -> dict[str, list[Any]]:
+    """Kill the prefill instance's whole process group while requests are in all stages."""
+    outcomes: dict[str, list[Any]] = {"right": [], "wrong": [], "clean": [], "late": []}
+    pid = deployment.status()["prefill-0"]["pid"]
+    killed_at = 0.0
+    async with aiohttp.ClientSession() as session:
+
+        async def one(case: Case, wanted: Answer) -> None:
+            async with session.post(deployment.router + case.path, json=case.body) as response:
+                status = response.status
+                if status >= 500:
+                    assert "error" in await response.json(content_type=None)
+                    outcomes["clean"].append(status)
+            if status < 500:
+                answer = await ask(session, deployment.router, case)
+                outcomes["right" if answer == wanted else "wrong"].append(answer)
+            if killed_at and time.monotonic() - killed_at > 60:
+                outcomes["late"].append(time.monotonic() - killed_at)
+
+        started = []
+        for index, (case, wanted) in enumerate(expected[:40]):
+            began = time.monotonic()
+            task = asyncio.create_task(one(case, wanted))
+            started.append((task, began))
+            await asyncio.sleep(0.02)
+            if index == 20:
+                os.killpg(pid, 9)
+                killed_at = time.monotonic()
+        await asyncio.gather(*(task for task, _ in started))
+    return outcomes
+
+
+def wait_for(condition: Any, timeout_s: float = 20.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "the condition did not come true"
+        time.sleep(0.1)
+
+
+def log_of(deployment: Deployment, name: str) -> str:
+    return (deployment.run_dir / "logs" / f"{name}.log").read_text()
+
+
+def masked(found: tuple[int, Any]) -> tuple[int, Any]:
+    """Drop what may differ between two servers: nothing but request ids."""
+    return found
+
+
+def our_threads(deployment: Deployment) -> dict[tuple[int, int], tuple[str, int]]:
+    """Return name and CPU ticks of our threads in all processes of the instances."""
+    leaders = {entry["pid"] for entry in deployment.status().values()}
+    threads: dict[tuple[int, int], tuple[str, int]] = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        pid = int(stat.parent.name)
+        try:
+            if os.getpgid(pid) not in leaders:
+                continue
+            for task in (stat.parent / "task").iterdir():
+                name = (task / "comm").read_text().strip()
+                if name.startswith(PREFIX):
+                    fields = (task / "stat").read_text().rpartition(")")[2].split()
+                    threads[pid, int(task.name)] = name, int(fields[11]) + int(fields[12])
+        except OSError:
+            continue
+    return threads
