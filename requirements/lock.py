@@ -15,6 +15,7 @@ Run it with the oldest supported Python (3.11) in any environment that has pip
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -31,11 +32,13 @@ EXCLUDED = {"cpu": {"torchvision", "torchaudio", "torchcodec", "triton"}}
 HERE = Path(__file__).resolve().parent
 
 
-def pip_report(requirements: list[str], *options: str) -> list[dict[str, Any]]:
+def pip_report(
+    requirements: list[str], *options: str, env: dict[str, str] | None = None
+) -> list[dict[str, Any]]:
     """Return pip's plan for ``requirements``, one entry per distribution."""
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--dry-run"]
     command += ["--ignore-installed", "--report", "-", *options, *requirements]
-    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=env)
     plan: list[dict[str, Any]] = json.loads(done.stdout)["install"]
     return plan
 
@@ -70,7 +73,11 @@ def main(target: str) -> None:
         constraints = ["--constraint", str(HERE / "cpu.txt")]
     else:
         roots += read_in_file("base")
-    plan = pip_report(roots, *constraints)
+    # Configured find-links may hold a CPU build of torch, which must not get into
+    # another device's lock.
+    env = {k: v for k, v in os.environ.items() if k != "PIP_FIND_LINKS"}
+    env["PIP_CONFIG_FILE"] = os.devnull
+    plan = pip_report(roots, *constraints, env=env if target == "cuda" else None)
     pins = {normalized(e["metadata"]["name"]): e["metadata"]["version"] for e in plan}
     if target == "test":  # the engine's lock is installed first; list only what is added
         for line in read_in_file_or_lock("cpu"):

@@ -22,7 +22,7 @@ import yaml
 
 REPO = Path(__file__).resolve().parents[2]
 START_TIMEOUT_S = 300
-ENGINE_ARGS = ["--max-model-len", "4096", "--max-num-seqs", "32"]
+ENGINE_ARGS = ["--max-model-len", "4096", "--max-num-seqs", "32", "--dtype", "float32"]
 
 
 def free_ports(count: int) -> list[int]:
@@ -148,26 +148,55 @@ def deployed(
 
 
 @contextlib.contextmanager
-def colocated(folder: Path, model: Path) -> Iterator[str]:
-    """Start one plain ``vllm serve`` without any connector; yield its address."""
+def served(
+    folder: Path, model: Path, *, name: str = "colocated", core: int = 0, **kv_transfer: str
+) -> Iterator[str]:
+    """Start one ``vllm serve`` by hand; yield its address.
+
+    Without ``kv_transfer`` it has no connector: the colocated instance that the
+    answers of a deployment are compared with.
+    """
     (port,) = free_ports(1)
+    cores = sorted(os.sched_getaffinity(0))
     env = {
-        **os.environ,
         "VLLM_USE_V2_MODEL_RUNNER": "0",
         "VLLM_CPU_KVCACHE_SPACE": "1",
-        "VLLM_CPU_OMP_THREADS_BIND": str(min(os.sched_getaffinity(0))),
+        "VLLM_CPU_OMP_THREADS_BIND": str(cores[core % len(cores)]),
+        "PYTHONPATH": str(REPO),
     }
     command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(model)]
     command += ["--host", "127.0.0.1", "--port", str(port), "--served-model-name", "m"]
     command += ["--enforce-eager", *ENGINE_ARGS]
-    folder.mkdir(parents=True, exist_ok=True)
-    log = folder / "colocated.log"
+    if kv_transfer:
+        command += ["--kv-transfer-config", json.dumps(kv_transfer)]
+    with running(folder / f"{name}.log", command, f"http://127.0.0.1:{port}", env) as url:
+        yield url
+
+
+@contextlib.contextmanager
+def routed(folder: Path, prefill: str, decode: str) -> Iterator[str]:
+    """Start ``vllm-pd router`` by hand; yield its address."""
+    (port,) = free_ports(1)
+    command = [sys.executable, "-m", "vllm_pd.cli", "router", "--port", str(port)]
+    command += ["--prefill", prefill, "--decode", decode]
+    with running(folder / "router.log", command, f"http://127.0.0.1:{port}", {}) as url:
+        yield url
+
+
+@contextlib.contextmanager
+def running(log: Path, command: list[str], url: str, env: dict[str, str]) -> Iterator[str]:
+    """Run a server until the end of the block; it is there when /health answers."""
+    log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("w") as file:
         process = subprocess.Popen(
-            command, env=env, stdout=file, stderr=file, start_new_session=True, cwd=folder
+            command,
+            env={**os.environ, **env},
+            stdout=file,
+            stderr=file,
+            start_new_session=True,
+            cwd=log.parent,
         )
         try:
-            url = f"http://127.0.0.1:{port}"
             deadline = time.monotonic() + START_TIMEOUT_S
             while not _answers(f"{url}/health"):
                 assert process.poll() is None, log.read_text()[-3000:]

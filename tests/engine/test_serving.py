@@ -7,7 +7,9 @@ has no connector and no router.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
+import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,8 +18,8 @@ from typing import Any
 import aiohttp
 import pytest
 
-from tests.engine.conftest import Reference, post_bad_requests
-from tests.engine.deployment import REPO, Deployment, deployed, get, metric
+from tests.engine.conftest import BAD_REQUESTS, Reference, post_bad_requests
+from tests.engine.deployment import Deployment, deployed, get, metric, routed, served
 from tests.engine.workload import Answer, Case, ask, ask_all, completion
 from vllm_pd.transport.threads import PREFIX
 
@@ -27,11 +29,11 @@ pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.timeout(600)]
 def check_equal(expected: list[tuple[Case, Answer]], url: str, *, concurrency: int) -> None:
     answers = asyncio.run(ask_all(url, [case for case, _ in expected], concurrency=concurrency))
     different = [
-        (case, answer, wanted)
+        f"{case.path} of {wanted.num_prompt_tokens} tokens: {answer} instead of {wanted}"
         for (case, wanted), answer in zip(expected, answers, strict=True)
         if answer != wanted
     ]
-    assert not different, f"{len(different)} of {len(answers)} differ, first: {different[0]}"
+    assert not different, f"{len(different)} of {len(answers)} differ: {different}"
 
 
 def check_that_kv_moved(
@@ -47,15 +49,14 @@ def check_that_kv_moved(
     assert moved["external_kv_transfer"] > 0.75 * total, moved
 
 
+@pytest.fixture(scope="class")
+def deployment(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
+    with deployed(tmp_path_factory.mktemp("run"), model) as deployment:
+        yield deployment
+
+
 class TestOnePrefillOneDecode:
     """The default deployment; ``auto`` picks shared memory."""
-
-    @pytest.fixture(scope="class")
-    def deployment(
-        self, model: Path, tmp_path_factory: pytest.TempPathFactory
-    ) -> Iterator[Deployment]:
-        with deployed(tmp_path_factory.mktemp("run"), model) as deployment:
-            yield deployment
 
     def test_answers_equal_those_of_a_colocated_instance(
         self, deployment: Deployment, reference: Reference
@@ -73,27 +74,12 @@ class TestOnePrefillOneDecode:
         check_equal(reference.load, deployment.router, concurrency=16)
         deployment.wait_until_no_block_is_used()
 
-    @pytest.mark.parametrize(
-        "name",
-        list(
-            bad_names := [
-                "invalid JSON",
-                "not an object",
-                "unknown model",
-                "negative max_tokens",
-                "prompt too long",
-                "prompt and answer too long",
-                "wrong type",
-                "no messages",
-                "unknown endpoint",
-            ]
-        ),
-    )
+    @pytest.mark.parametrize("name", list(BAD_REQUESTS))
     def test_bad_requests_are_answered_as_vllm_does(
         self, deployment: Deployment, reference: Reference, name: str
     ) -> None:
         found = asyncio.run(post_bad_requests(deployment.router))[name]
-        assert masked(found) == masked(reference.errors[name])
+        assert found == reference.errors[name]
 
     def test_client_that_leaves_stops_both_legs(self, deployment: Deployment) -> None:
         case = completion([12] * 700, stream=True, max_tokens=2000)
@@ -107,7 +93,7 @@ class TestOnePrefillOneDecode:
 
         asyncio.run(leave())
         for url in deployment.prefill + deployment.decode:
-            wait_for(lambda url=url: metric(url, "vllm:num_requests_running") == 0)  # type: ignore[misc]
+            wait_for(lambda url=url: metric(url, "vllm:num_requests_running") == 0)
         deployment.wait_until_no_block_is_used()
 
     def test_idle_threads_use_no_cpu(self, deployment: Deployment) -> None:
@@ -160,36 +146,36 @@ class TestOnePrefillTwoDecodes:
             deployment.wait_until_no_block_is_used()
 
 
-class TestCorruption:
+class TestByHand:
+    """Plain ``vllm serve`` twice and ``vllm-pd router``, as the README shows it."""
+
     def test_flipped_bytes_change_the_answer(
         self, model: Path, reference: Reference, tmp_path: Path
     ) -> None:
         """The equality tests have teeth: damage in one block of a transfer shows."""
-        connector = {
+        case, wanted = next(
+            (case, answer) for case, answer in reference.equality if answer.num_prompt_tokens == 512
+        )
+        plugin = {"kv_connector": "PDConnector", "kv_role": "kv_both"}
+        corrupting = {
             "kv_connector": "CorruptingConnector",
             "kv_connector_module_path": "tests.engine.corrupting_connector",
             "kv_role": "kv_both",
-            "kv_load_failure_policy": "recompute",
         }
-        import json
-
-        decode = {
-            "args": ["--kv-transfer-config", json.dumps(connector)],
-            "env": {"PYTHONPATH": str(REPO)},
-        }
-        with deployed(tmp_path, model, decode=decode, connector={"transport": "shm"}) as deployment:
-            case, wanted = next(
-                (case, answer)
-                for case, answer in reference.equality
-                if answer.num_prompt_tokens == 512
+        with contextlib.ExitStack() as stack:
+            prefill = stack.enter_context(served(tmp_path, model, name="prefill", core=0, **plugin))
+            decode = stack.enter_context(
+                served(tmp_path, model, name="decode", core=1, **corrupting)
             )
-
-            async def one() -> Answer:
-                async with aiohttp.ClientSession() as session:
-                    return await ask(session, deployment.router, case)
-
-            assert asyncio.run(one()).token_ids != wanted.token_ids
-            assert deployment.tokens_by_source()["external_kv_transfer"] > 0
+            router = stack.enter_context(routed(tmp_path, prefill, decode))
+            wait_for(lambda: "true" in get(f"{router}/ready"))
+            (damaged,) = asyncio.run(ask_all(router, [case], concurrency=1))
+            name = "vllm:prompt_tokens_by_source_total"
+            assert metric(decode, name, source="external_kv_transfer") >= 511
+            assert damaged.token_ids != wanted.token_ids
+            # The same instance, asked alone, is right: it was the transfer.
+            (alone,) = asyncio.run(ask_all(prefill, [case], concurrency=1))
+            assert alone == wanted
 
 
 class TestPrefillInstanceKilled:
@@ -198,10 +184,11 @@ class TestPrefillInstanceKilled:
     ) -> None:
         with deployed(tmp_path, model) as deployment:
             decode_pid = deployment.status()["decode-0"]["pid"]
-            outcomes = asyncio.run(kill_under_load(deployment, reference.load))
+            outcomes = asyncio.run(kill_under_load(deployment, reference.load[:40]))
             assert outcomes["wrong"] == []
-            assert outcomes["late"] == []
             assert outcomes["right"]
+            # Not a speed test: a request that hangs on the dead instance would show here.
+            assert max(outcomes["right"] + outcomes["clean"]) < 10
             wait_for(
                 lambda: (
                     deployment.status()["prefill-0"]["num_restarts"] == 1
@@ -220,34 +207,39 @@ class TestPrefillInstanceKilled:
 async def kill_under_load(
     deployment: Deployment, expected: list[tuple[Case, Answer]]
 ) -> dict[str, list[Any]]:
-    """Kill the prefill instance's whole process group while requests are in all stages."""
-    outcomes: dict[str, list[Any]] = {"right": [], "wrong": [], "clean": [], "late": []}
+    """Kill the prefill instance's whole process group while requests are in all stages.
+
+    Returns:
+        Seconds from the kill to the end of each request that was right or got a
+        clean 5xx, and what was neither.
+    """
+    outcomes: dict[str, list[Any]] = {"right": [], "clean": [], "wrong": []}
     pid = deployment.status()["prefill-0"]["pid"]
+    killed = asyncio.Event()
     killed_at = 0.0
+
+    async def one(session: aiohttp.ClientSession, case: Case, wanted: Answer) -> None:
+        try:
+            answer = await ask(session, deployment.router, case)
+        except AssertionError as exc:
+            kind = "clean" if "'code': 50" in str(exc) else "wrong"
+            outcomes[kind].append(str(exc) if kind == "wrong" else time.monotonic() - killed_at)
+            return
+        if killed.is_set():
+            outcomes["right" if answer == wanted else "wrong"].append(
+                time.monotonic() - killed_at if answer == wanted else answer
+            )
+
     async with aiohttp.ClientSession() as session:
-
-        async def one(case: Case, wanted: Answer) -> None:
-            async with session.post(deployment.router + case.path, json=case.body) as response:
-                status = response.status
-                if status >= 500:
-                    assert "error" in await response.json(content_type=None)
-                    outcomes["clean"].append(status)
-            if status < 500:
-                answer = await ask(session, deployment.router, case)
-                outcomes["right" if answer == wanted else "wrong"].append(answer)
-            if killed_at and time.monotonic() - killed_at > 60:
-                outcomes["late"].append(time.monotonic() - killed_at)
-
-        started = []
-        for index, (case, wanted) in enumerate(expected[:40]):
-            began = time.monotonic()
-            task = asyncio.create_task(one(case, wanted))
-            started.append((task, began))
+        tasks = []
+        for index, (case, wanted) in enumerate(expected):
+            tasks.append(asyncio.create_task(one(session, case, wanted)))
             await asyncio.sleep(0.02)
-            if index == 20:
-                os.killpg(pid, 9)
+            if index == len(expected) // 2:
+                os.killpg(pid, signal.SIGKILL)
                 killed_at = time.monotonic()
-        await asyncio.gather(*(task for task, _ in started))
+                killed.set()
+        await asyncio.gather(*tasks)
     return outcomes
 
 
@@ -260,11 +252,6 @@ def wait_for(condition: Any, timeout_s: float = 20.0) -> None:
 
 def log_of(deployment: Deployment, name: str) -> str:
     return (deployment.run_dir / "logs" / f"{name}.log").read_text()
-
-
-def masked(found: tuple[int, Any]) -> tuple[int, Any]:
-    """Drop what may differ between two servers: nothing but request ids."""
-    return found
 
 
 def our_threads(deployment: Deployment) -> dict[tuple[int, int], tuple[str, int]]:

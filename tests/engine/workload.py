@@ -102,7 +102,8 @@ async def ask(session: aiohttp.ClientSession, url: str, case: Case) -> Answer:
 
 
 def _collect(payloads: list[dict[str, Any]]) -> Answer:
-    text, token_ids, finish_reason = "", [], ""
+    text, finish_reason = "", ""
+    token_ids: list[int] = []
     for payload in payloads:
         assert "error" not in payload, payload
         for choice in payload["choices"]:

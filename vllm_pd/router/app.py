@@ -173,8 +173,11 @@ async def _errors_like_vllm(request: web.Request, handler: Handler) -> web.Strea
         if exc.status < 400:
             raise
         allow = exc.headers.get("Allow")
-        return error_response(
-            exc.status, HTTPStatus(exc.status).phrase, headers={"Allow": allow} if allow else None
+        # vLLM leaves these to FastAPI, which words them so.
+        return web.json_response(
+            {"detail": HTTPStatus(exc.status).phrase},
+            status=exc.status,
+            headers={"Allow": allow} if allow else None,
         )
     except ConnectionResetError:
         raise  # the client has left; there is nobody to tell

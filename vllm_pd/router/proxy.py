@@ -6,7 +6,9 @@ Life of a generate request:
    is, so that vLLM words the error
 2. ``policy.should_disaggregate``; if not, continue at 5 without params
 3. prefill leg, on another prefill instance if one fails
-4. its refusal (4xx) is the answer; without params, the decode leg prefills itself
+4. its refusal (4xx) is the answer, but for what it says of the body: the decode
+   instance words that for the body the client sent. Without params, the decode leg
+   prefills itself
 5. decode leg, on another decode instance as long as the client got nothing
 6. bytes to the client as they come
 
@@ -37,6 +39,9 @@ from vllm_pd.router.replies import error_event, error_response
 from vllm_pd.router.upstream import UPSTREAM_ERRORS, Answer, Upstream, is_idle_timeout
 
 logger = logging.getLogger(__name__)
+
+_INVALID_REQUEST = (400, 422)
+"""Refusals of the body itself; the prefill leg's differs from the client's."""
 
 _INCOMPLETE = "The output is incomplete."
 
@@ -190,6 +195,8 @@ class Proxy:
             if answer.status == 429:
                 busy = answer
                 continue
+            if answer.status in _INVALID_REQUEST:
+                return NotPrefilled("invalid_request")
             if answer.status != 200:
                 return Refused(answer)
             return self._prefilled(call, instance, answer)

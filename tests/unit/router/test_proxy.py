@@ -200,7 +200,22 @@ async def test_a_damaged_compressed_body_is_the_clients_fault(router: Client) ->
         assert (await response.json())["error"]["code"] == 400
 
 
-@pytest.mark.parametrize("status", [400, 401, 404, 422])
+@pytest.mark.parametrize("status", [400, 422])
+async def test_the_decode_instance_words_what_is_wrong_with_the_body(
+    start_router: StartRouter, start_instance: StartInstance, status: int
+) -> None:
+    prefill = await start_instance(answers(status, {"error": {"message": "of the prefill leg"}}))
+    decode = await start_instance(answers(status, {"error": {"message": "of the client's"}}))
+    router = await start_router([prefill], [decode])
+
+    async with router.post(COMPLETIONS, json=BODY) as response:
+        assert response.status == status
+        assert await response.json() == {"error": {"message": "of the client's"}}
+
+    assert [json.loads(leg.raw) for leg in decode.received] == [BODY]
+
+
+@pytest.mark.parametrize("status", [401, 404])
 async def test_a_refusal_of_the_prefill_instance_reaches_the_client(
     start_router: StartRouter, start_instance: StartInstance, decode: FakeInstance, status: int
 ) -> None:
