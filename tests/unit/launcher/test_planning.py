@@ -1,0 +1,213 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vllm_pd.config import ConnectorConfig, InstanceGroup, RouterConfig, Topology
+from vllm_pd.errors import ConfigError
+from vllm_pd.launcher.devices import Machine
+from vllm_pd.launcher.plan import DeploymentPlan, ProcessSpec
+from vllm_pd.launcher.planning import Model, make_plan, wanted_ports
+
+CPU = Machine("cpu", ("0", "1"), mem_available_gib=24.0)
+NPU = Machine("npu", tuple("01234567"))
+CUDA = Machine("cuda", ("4", "5"))
+
+
+def plan_of(
+    topology: Topology, machine: Machine = CPU, environ: dict[str, str] | None = None
+) -> DeploymentPlan:
+    plan, _ = make_plan(
+        topology,
+        machine,
+        model=Model("/models/m", "m"),
+        cluster_key_file=Path("/run/cluster.key"),
+        environ=environ or {},
+    )
+    return plan
+
+
+def process(plan: DeploymentPlan, name: str) -> ProcessSpec:
+    return next(spec for spec in plan.processes if spec.name == name)
+
+
+def option(spec: ProcessSpec, name: str) -> str:
+    return spec.argv[spec.argv.index(name) + 1]
+
+
+def kv_transfer_config(spec: ProcessSpec) -> dict[str, Any]:
+    config: dict[str, Any] = json.loads(option(spec, "--kv-transfer-config"))
+    return config
+
+
+def test_the_default_is_one_instance_of_each_role_and_a_router() -> None:
+    plan = plan_of(Topology())
+    assert [spec.name for spec in plan.processes] == ["prefill-0", "decode-0", "router"]
+    assert [spec.url for spec in plan.processes] == [
+        "http://127.0.0.1:8100",
+        "http://127.0.0.1:8200",
+        "http://127.0.0.1:8000",
+    ]
+
+
+def test_an_instance_is_plain_vllm_serve() -> None:
+    spec = process(plan_of(Topology()), "prefill-0")
+    assert spec.argv[2:6] == ("-m", "vllm.entrypoints.cli.main", "serve", "/models/m")
+    assert option(spec, "--served-model-name") == "m"
+    assert option(spec, "--tensor-parallel-size") == "1"
+    assert spec.ready_url == "http://127.0.0.1:8100/health"
+
+
+def test_the_working_directory_is_not_searched_for_modules() -> None:
+    assert all(spec.argv[1] == "-P" for spec in plan_of(Topology()).processes)
+
+
+def test_every_instance_gets_the_connector_for_both_roles() -> None:
+    plan = plan_of(Topology())
+    for name in ("prefill-0", "decode-0"):
+        assert kv_transfer_config(process(plan, name)) == {
+            "kv_connector": "PDConnector",
+            "kv_role": "kv_both",
+            "kv_load_failure_policy": "recompute",
+            "kv_connector_extra_config": {"cluster_key_file": "/run/cluster.key"},
+        }
+
+
+def test_connector_options_of_the_topology_are_passed_on() -> None:
+    connector = ConnectorConfig(transport="tcp", lease_s=5.0, cluster_key_file="/my.key")
+    spec = process(plan_of(Topology(connector=connector)), "decode-0")
+    extra = kv_transfer_config(spec)["kv_connector_extra_config"]
+    assert extra == {"transport": "tcp", "lease_s": 5.0, "cluster_key_file": "/my.key"}
+
+
+def test_npu_instances_use_the_hccl_connector_and_their_own_devices() -> None:
+    plan = plan_of(Topology(), NPU)
+    prefill, decode = process(plan, "prefill-0"), process(plan, "decode-0")
+    assert kv_transfer_config(prefill)["kv_connector"] == "HcclConnector"
+    assert prefill.env == {"ASCEND_RT_VISIBLE_DEVICES": "0,1,2,3"}
+    assert decode.env == {"ASCEND_RT_VISIBLE_DEVICES": "4,5,6,7"}
+    assert option(decode, "--tensor-parallel-size") == "4"
+
+
+def test_cuda_instances_get_devices_from_the_visible_pool() -> None:
+    plan = plan_of(Topology(), CUDA)
+    assert process(plan, "prefill-0").env == {"CUDA_VISIBLE_DEVICES": "4"}
+    assert process(plan, "decode-0").env == {"CUDA_VISIBLE_DEVICES": "5"}
+
+
+def test_cpu_instances_get_cores_and_a_kv_cache_size() -> None:
+    assert process(plan_of(Topology()), "decode-0").env == {
+        "VLLM_CPU_OMP_THREADS_BIND": "1",
+        "VLLM_CPU_KVCACHE_SPACE": "4",
+        "VLLM_USE_V2_MODEL_RUNNER": "0",
+    }
+
+
+def test_tp_ranks_on_cpu_are_separated_by_a_bar() -> None:
+    topology = Topology(prefill=InstanceGroup(tp=2))
+    machine = Machine("cpu", tuple("012345"), 24.0)
+    spec = process(plan_of(topology, machine), "prefill-0")
+    assert spec.env["VLLM_CPU_OMP_THREADS_BIND"] == "0-1|2-3"
+
+
+def test_the_users_kv_cache_size_is_left_alone() -> None:
+    plan = plan_of(Topology(), environ={"VLLM_CPU_KVCACHE_SPACE": "7"})
+    assert "VLLM_CPU_KVCACHE_SPACE" not in process(plan, "decode-0").env
+
+
+def test_the_topologys_kv_cache_size_wins() -> None:
+    plan = plan_of(Topology(kv_cache_space_gib=2), environ={"VLLM_CPU_KVCACHE_SPACE": "7"})
+    assert process(plan, "decode-0").env["VLLM_CPU_KVCACHE_SPACE"] == "2"
+
+
+def test_environment_of_group_and_topology_wins_over_the_launchers() -> None:
+    topology = Topology(
+        env={"VLLM_CPU_OMP_THREADS_BIND": "nobind", "A": "1"},
+        decode=InstanceGroup(env={"A": "2"}),
+    )
+    plan = plan_of(topology)
+    assert process(plan, "prefill-0").env["VLLM_CPU_OMP_THREADS_BIND"] == "nobind"
+    assert process(plan, "prefill-0").env["A"] == "1"
+    assert process(plan, "decode-0").env["A"] == "2"
+
+
+def test_arguments_of_topology_and_group_come_last() -> None:
+    topology = Topology(args=("--seed", "1"), decode=InstanceGroup(args=("--seed", "2")))
+    assert process(plan_of(topology), "decode-0").argv[-4:] == ("--seed", "1", "--seed", "2")
+    assert process(plan_of(topology), "prefill-0").argv[-2:] == ("--seed", "1")
+
+
+def test_cpu_instances_run_eagerly() -> None:
+    assert "--enforce-eager" in process(plan_of(Topology()), "prefill-0").argv
+
+
+@pytest.mark.parametrize("arg", ["--no-enforce-eager", "--compilation-config={}", "-O3"])
+def test_a_users_compile_option_replaces_eager_mode(arg: str) -> None:
+    spec = process(plan_of(Topology(args=(arg,))), "prefill-0")
+    assert "--enforce-eager" not in spec.argv
+    assert arg in spec.argv
+
+
+def test_devices_are_not_run_eagerly() -> None:
+    assert "--enforce-eager" not in process(plan_of(Topology(), NPU), "prefill-0").argv
+
+
+@pytest.mark.parametrize(
+    "arg", ["--port=1", "--tensor-parallel-size", "--kv_transfer_config", "-tp"]
+)
+def test_arguments_that_the_launcher_sets_are_refused(arg: str) -> None:
+    with pytest.raises(ConfigError, match=f"{arg} is set by the launcher"):
+        plan_of(Topology(args=(arg,)))
+
+
+def test_ports_of_several_instances_follow_each_other() -> None:
+    topology = Topology(decode=InstanceGroup(count=2), decode_port=9000)
+    plan = plan_of(topology)
+    assert process(plan, "decode-1").url == "http://127.0.0.1:9001"
+
+
+def test_a_groups_own_port_wins() -> None:
+    topology = Topology(decode=InstanceGroup(port=9100), decode_port=9000)
+    assert process(plan_of(topology), "decode-0").url == "http://127.0.0.1:9100"
+
+
+def test_ports_beyond_the_last_one_are_refused() -> None:
+    with pytest.raises(ConfigError, match="99999 decode instances from port 8200 on"):
+        plan_of(Topology(decode=InstanceGroup(count=99999)))
+
+
+def test_the_router_is_told_all_instances_and_its_limits() -> None:
+    topology = Topology(
+        decode=InstanceGroup(count=2), router=RouterConfig(port=9, prefill_timeout_s=5.0)
+    )
+    argv = process(plan_of(topology), "router").argv
+    assert argv[2:6] == ("-m", "vllm_pd.cli", "router", "--host")
+    assert [argv[i + 1] for i, arg in enumerate(argv) if arg == "--decode"] == [
+        "http://127.0.0.1:8200",
+        "http://127.0.0.1:8201",
+    ]
+    assert json.loads(argv[argv.index("--options") + 1]) == {"prefill_timeout_s": 5.0}
+
+
+def test_an_address_for_all_interfaces_is_reached_over_loopback() -> None:
+    plan = plan_of(Topology(host="0.0.0.0"))
+    assert process(plan, "prefill-0").url == "http://127.0.0.1:8100"
+    assert option(process(plan, "prefill-0"), "--host") == "0.0.0.0"
+
+
+def test_ports_are_checked_on_the_address_that_is_bound() -> None:
+    topology = Topology(host="0.0.0.0")
+    assert wanted_ports(topology, plan_of(topology)) == [
+        ("prefill-0", "0.0.0.0", 8100),
+        ("decode-0", "0.0.0.0", 8200),
+        ("router", "127.0.0.1", 8000),
+    ]
+
+
+def test_times_of_the_topology_reach_the_supervisor() -> None:
+    plan = plan_of(Topology(start_timeout_s=9.0, drain_timeout_s=3.0, max_restarts=1))
+    assert (plan.timing.start_timeout_s, plan.timing.drain_timeout_s) == (9.0, 3.0)
+    assert plan.timing.max_restarts == 1

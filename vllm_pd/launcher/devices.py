@@ -1,0 +1,190 @@
+"""Which devices, cores and memory this machine offers. Looks, decides nothing."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from vllm_pd.errors import ConfigError
+
+DEVICES = ("npu", "cuda", "cpu")
+VISIBLE_DEVICES = {"npu": "ASCEND_RT_VISIBLE_DEVICES", "cuda": "CUDA_VISIBLE_DEVICES"}
+"""Variable by which an engine is given its devices."""
+NOUNS = {"npu": "NPU", "cuda": "GPU", "cpu": "CPU core"}
+
+_QUERY_TIMEOUT_S = 30
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What can be given to instances.
+
+    Attributes:
+        device: ``cpu``, ``cuda`` or ``npu``.
+        pool: device ids, or CPU core numbers, in the order they are given out.
+        mem_available_gib: host memory that can be used without swapping.
+    """
+
+    device: str
+    pool: tuple[str, ...]
+    mem_available_gib: float = 0.0
+
+
+def find_machine(device: str | None, environ: Mapping[str, str]) -> Machine:
+    """Look at this machine.
+
+    Args:
+        device: what to use; None: an NPU, else a GPU, else the CPU.
+        environ: may narrow the pool by the engine's own ``*_VISIBLE_DEVICES``.
+
+    Raises:
+        ConfigError: unknown device, or none of that kind here.
+    """
+    if device is None:
+        device = detect_device(environ)
+    if device not in DEVICES:
+        raise ConfigError(f"unknown device {device!r}", hint=f"use one of {', '.join(DEVICES)}")
+    if not (pool := find_pool(device, environ)):
+        raise ConfigError(f"no {NOUNS[device]} found", hint="DEVICE=cpu serves on the CPU")
+    return Machine(device, pool, available_memory_gib())
+
+
+def check_engine(device: str) -> None:
+    """Check that vLLM is installed, for this device.
+
+    Raises:
+        ConfigError: it is not.
+    """
+    if importlib.util.find_spec("vllm") is None:
+        raise ConfigError(
+            f"vLLM is not installed for {sys.executable}",
+            hint="bash pd_example/disaggregated_prefill.sh sets everything up",
+        )
+    if device != "cpu" and engine_is_cpu_build():
+        raise ConfigError(
+            f"device {device} asked for, but the installed vLLM is a CPU build",
+            hint="install requirements/cuda.txt, or use DEVICE=cpu",
+        )
+
+
+def engine_is_cpu_build() -> bool:
+    """Whether the installed vLLM runs on nothing but the CPU."""
+    try:
+        return importlib.metadata.version("vllm").endswith("+cpu")
+    except importlib.metadata.PackageNotFoundError:
+        return False
+
+
+def detect_device(environ: Mapping[str, str]) -> str:
+    """Return the best kind of device that both the machine and the engine have."""
+    if engine_is_cpu_build():
+        return "cpu"
+    if importlib.util.find_spec("torch_npu") and find_pool("npu", environ):
+        return "npu"
+    return "cuda" if find_pool("cuda", environ) else "cpu"
+
+
+def find_pool(device: str, environ: Mapping[str, str]) -> tuple[str, ...]:
+    """Return the device ids, or one core number for each physical core, that may be used."""
+    if device == "cpu":
+        cores = os.sched_getaffinity(0)
+        return tuple(map(str, one_thread_per_core(cores, read_siblings(cores))))
+    visible = visible_pool(environ.get(VISIBLE_DEVICES[device]))
+    if visible is not None:
+        return visible
+    return find_npus() if device == "npu" else find_gpus()
+
+
+def visible_pool(value: str | None) -> tuple[str, ...] | None:
+    """Parse a ``*_VISIBLE_DEVICES`` value; None: it is not set."""
+    if value is None:
+        return None
+    return tuple(part.strip() for part in value.split(",") if part.strip())
+
+
+def find_npus(dev: Path = Path("/dev")) -> tuple[str, ...]:
+    """Return the logical ids of the NPUs: 0 to n-1, whatever their device files are called."""
+    count = sum(bool(re.fullmatch(r"davinci\d+", path.name)) for path in dev.glob("davinci*"))
+    if not count and (output := _query("npu-smi", "info", "-l")):
+        count = count_npus(output)
+    return tuple(map(str, range(count)))
+
+
+def count_npus(listing: str) -> int:
+    """Read the number of NPUs from ``npu-smi info -l``."""
+    found = re.search(r"Total Count\s*:\s*(\d+)", listing)
+    return int(found[1]) if found else 0
+
+
+def find_gpus() -> tuple[str, ...]:
+    """Return the indices of the CUDA devices."""
+    return gpu_indices(_query("nvidia-smi", "-L") or "")
+
+
+def gpu_indices(listing: str) -> tuple[str, ...]:
+    """Read the GPU indices from ``nvidia-smi -L``."""
+    return tuple(re.findall(r"^GPU (\d+):", listing, flags=re.MULTILINE))
+
+
+def _query(*command: str) -> str | None:
+    """Return the output of a device tool; None where it is missing or fails."""
+    if not shutil.which(command[0]):
+        return None
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, check=True, timeout=_QUERY_TIMEOUT_S
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout
+
+
+def one_thread_per_core(cores: Iterable[int], siblings: Mapping[int, str]) -> list[int]:
+    """Keep one hardware thread of each physical core.
+
+    Two instances on two threads of one core would slow each other down, and
+    where siblings are numbered apart (0 and 32) an even split of all threads
+    does exactly that.
+    """
+    seen: set[str] = set()
+    kept = []
+    for core in sorted(cores):
+        group = siblings.get(core, str(core))
+        if group not in seen:
+            seen.add(group)
+            kept.append(core)
+    return kept
+
+
+def read_siblings(cores: Iterable[int]) -> dict[int, str]:
+    """Return for each core the kernel's list of threads that share it, where it tells."""
+    siblings = {}
+    for core in cores:
+        path = Path(f"/sys/devices/system/cpu/cpu{core}/topology/thread_siblings_list")
+        try:
+            siblings[core] = path.read_text().strip()
+        except OSError:
+            continue
+    return siblings
+
+
+def available_memory_gib(
+    meminfo: Path = Path("/proc/meminfo"), cgroup: Path = Path("/sys/fs/cgroup")
+) -> float:
+    """Return the available host memory in GiB, within the control group's limit."""
+    found = re.search(r"^MemAvailable:\s+(\d+) kB", meminfo.read_text(), flags=re.MULTILINE)
+    available = int(found[1]) * 1024 if found else 0
+    try:
+        limit = int((cgroup / "memory.max").read_text())
+        available = min(available, limit - int((cgroup / "memory.current").read_text()))
+    except (OSError, ValueError):
+        pass  # no control group here, or it says "max"
+    return available / 2**30

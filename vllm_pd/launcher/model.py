@@ -1,0 +1,48 @@
+"""Which model to serve, checked before anything is started."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from vllm_pd.errors import ConfigError
+
+DEMO_MODEL_NAME = "demo-model"
+
+_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+
+
+def is_folder_name(model: str) -> bool:
+    """Whether ``model`` means a folder and not a Hugging Face name.
+
+    ``org/name`` is a Hugging Face name unless there is such a folder.
+    """
+    return (
+        model.startswith((".", "/", "~"))
+        or model.count("/") > 1
+        or model.endswith("/")
+        or Path(model).exists()
+    )
+
+
+def check_model(model: str) -> str:
+    """Check the model as far as that is possible without loading it.
+
+    Returns:
+        What vLLM is told: an absolute folder or the Hugging Face name.
+
+    Raises:
+        ConfigError: a folder that is missing or holds no checkpoint, or no name at all.
+    """
+    if not model.strip() or not is_folder_name(model):
+        if not _HUB_NAME.fullmatch(model):
+            raise ConfigError(f"model {model!r} is neither a folder nor a Hugging Face name")
+        return model
+    folder = Path(model).expanduser()
+    if not folder.exists():
+        raise ConfigError(f"model folder {folder} does not exist")
+    if not folder.is_dir():
+        raise ConfigError(f"model {folder} is not a folder")
+    if not (folder / "config.json").is_file():
+        raise ConfigError(f"model folder {folder} has no config.json")
+    return str(folder.absolute())
