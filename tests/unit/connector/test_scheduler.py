@@ -1,0 +1,231 @@
+"""Scheduler decisions, without an engine."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+
+from vllm_pd.config import ConnectorConfig
+from vllm_pd.connector.scheduler import PDConnectorScheduler
+from vllm_pd.protocol.params import prompt_digest
+
+BLOCK_SIZE = 16
+PROMPT = list(range(40))  # two and a half blocks
+REMOTE: dict[str, Any] = {
+    "do_remote_prefill": True,
+    "transfer_id": "t1",
+    "remote_engine_id": "p0",
+    "remote_request_id": "r",
+    "remote_host": "127.0.0.1",
+    "remote_port": 5600,
+    "remote_block_ids": [4, 5, 6],
+    "remote_num_tokens": 40,
+    "remote_prompt_digest": prompt_digest(PROMPT),
+}
+KEEP: dict[str, Any] = {"do_remote_decode": True, "transfer_id": "t1"}
+
+
+class Status(enum.Enum):
+    FINISHED_STOPPED = 1
+    FINISHED_LENGTH_CAPPED = 2
+    FINISHED_ABORTED = 3
+
+
+@dataclass
+class FakeRequest:
+    kv_transfer_params: dict[str, Any] | None
+    request_id: str = "req-1"
+    num_prompt_tokens: int = len(PROMPT)
+    num_computed_tokens: int = len(PROMPT)
+    prompt_token_ids: list[int] | None = field(default_factory=lambda: list(PROMPT))
+    lora_request: Any = None
+    status: Any = Status.FINISHED_LENGTH_CAPPED
+
+
+@dataclass
+class FakeEndpoint:
+    host: str = "127.0.0.1"
+    port: int = 7000
+    to_take: list[str] = field(default_factory=list)
+    sent: list[tuple[str, int, str]] = field(default_factory=list)
+    num_leases: int = 0
+
+    def take_releases(self) -> list[str]:
+        taken, self.to_take = self.to_take, []
+        return taken
+
+    def send_release(self, host: str, port: int, transfer_id: str) -> None:
+        self.sent.append((host, port, transfer_id))
+
+    def set_num_leases(self, num_leases: int) -> None:
+        self.num_leases = num_leases
+
+
+@pytest.fixture
+def endpoint() -> FakeEndpoint:
+    return FakeEndpoint()
+
+
+@pytest.fixture
+def scheduler(endpoint: FakeEndpoint) -> PDConnectorScheduler:
+    return make_scheduler(endpoint)
+
+
+def make_scheduler(endpoint: FakeEndpoint, min_load_tokens: int = 1) -> PDConnectorScheduler:
+    config = ConnectorConfig(min_load_tokens=min_load_tokens)
+    return PDConnectorScheduler(
+        config, engine_id="d0", block_size=BLOCK_SIZE, tp_size=1, endpoint=endpoint
+    )
+
+
+@pytest.mark.parametrize(
+    ("params", "num_computed_tokens", "expected"),
+    [
+        (None, 0, (0, False)),
+        ({}, 0, (0, False)),
+        (REMOTE, 0, (40, True)),  # the whole prompt is remote
+        (REMOTE, 16, (24, True)),  # starts after the local prefix hit
+        (REMOTE, 32, (0, False)),  # 8 tokens are below min_load_tokens
+        (REMOTE, 40, (0, False)),  # everything is cached here
+        ({**REMOTE, "remote_port": "x"}, 0, (0, False)),  # unusable: recompute
+        ({**REMOTE, "remote_num_tokens": 41}, 0, (0, False)),  # longer than this prompt
+        ({**REMOTE, "remote_prompt_digest": "other"}, 0, (0, False)),  # another prompt
+        ({**REMOTE, "remote_prompt_digest": ""}, 0, (40, True)),  # unknown: another connector
+    ],
+)
+def test_num_new_matched_tokens(
+    endpoint: FakeEndpoint,
+    params: dict[str, Any] | None,
+    num_computed_tokens: int,
+    expected: tuple[int, bool],
+) -> None:
+    scheduler = make_scheduler(endpoint, min_load_tokens=16)
+    request = FakeRequest(params)
+    assert scheduler.get_num_new_matched_tokens(request, num_computed_tokens) == expected
+    assert scheduler.get_num_new_matched_tokens(request, num_computed_tokens) == expected
+
+
+def test_kv_of_another_adapter_is_not_loaded(scheduler: PDConnectorScheduler) -> None:
+    @dataclass
+    class Lora:
+        lora_name: str = "adapter"
+
+    request = FakeRequest(REMOTE, lora_request=Lora())
+    assert scheduler.get_num_new_matched_tokens(request, 0) == (0, False)
+
+
+def test_load_names_only_the_blocks_that_are_missing(scheduler: PDConnectorScheduler) -> None:
+    request = FakeRequest(REMOTE)
+    scheduler.update_state_after_alloc(request, [10, 11, 12, 13], num_external_tokens=24)
+    (load,) = scheduler.build_step_news().loads
+    assert (load.block_offset, load.block_ids) == (1, (11, 12))
+    assert (load.transfer_id, load.remote_engine_id, load.request_id) == ("t1", "p0", "req-1")
+    assert scheduler.build_step_news().loads == []
+
+
+def test_second_call_after_a_load_changes_nothing(
+    scheduler: PDConnectorScheduler, endpoint: FakeEndpoint
+) -> None:
+    request = FakeRequest(REMOTE)
+    scheduler.update_state_after_alloc(request, [10, 11, 12], num_external_tokens=40)
+    scheduler.update_state_after_alloc(request, [10, 11, 12], num_external_tokens=0)
+    assert len(scheduler.build_step_news().loads) == 1
+    assert endpoint.sent == []
+
+
+def test_request_is_not_loaded_twice(scheduler: PDConnectorScheduler) -> None:
+    """After a failed load, and after a preemption, vLLM asks again: it must not loop."""
+    request = FakeRequest(REMOTE)
+    scheduler.update_state_after_alloc(request, [10, 11, 12], num_external_tokens=40)
+    assert scheduler.get_num_new_matched_tokens(request, 0) == (0, False)
+
+
+def test_prefill_that_is_not_needed_is_released(
+    scheduler: PDConnectorScheduler, endpoint: FakeEndpoint
+) -> None:
+    scheduler.update_state_after_alloc(FakeRequest(REMOTE), [10, 11, 12], num_external_tokens=0)
+    assert endpoint.sent == [("127.0.0.1", 5600, "t1")]
+
+
+def test_request_aborted_before_it_was_scheduled_releases_its_prefill(
+    scheduler: PDConnectorScheduler, endpoint: FakeEndpoint
+) -> None:
+    request = FakeRequest(REMOTE, status=Status.FINISHED_ABORTED)
+    assert scheduler.request_finished(request, []) == (False, None)
+    assert endpoint.sent == [("127.0.0.1", 5600, "t1")]
+
+
+def test_request_that_loaded_releases_nothing_at_its_end(
+    scheduler: PDConnectorScheduler, endpoint: FakeEndpoint
+) -> None:
+    request = FakeRequest(REMOTE)
+    scheduler.update_state_after_alloc(request, [10, 11, 12], num_external_tokens=40)
+    assert scheduler.request_finished(request, [10, 11, 12]) == (False, None)
+    assert endpoint.sent == []
+
+
+@pytest.mark.parametrize("status", [Status.FINISHED_STOPPED, Status.FINISHED_LENGTH_CAPPED])
+def test_finished_prefill_is_leased(
+    scheduler: PDConnectorScheduler, endpoint: FakeEndpoint, status: Status
+) -> None:
+    # 0.23 may hand in more blocks than hold computed tokens.
+    keep, params = scheduler.request_finished(FakeRequest(KEEP, status=status), [7, 8, 9, 10])
+    assert keep
+    assert params is not None
+    assert params["remote_block_ids"] == [7, 8, 9]
+    assert (params["remote_num_tokens"], params["remote_port"]) == (40, 7000)
+    (grant,) = scheduler.build_step_news().grants
+    assert (grant.transfer_id, grant.request_id, grant.block_ids) == ("t1", "req-1", (7, 8, 9))
+    assert endpoint.num_leases == 1
+    scheduler.update_finished_sending(["req-1"])
+    assert endpoint.num_leases == 0
+
+
+def test_what_one_scheduler_answers_another_can_load(scheduler: PDConnectorScheduler) -> None:
+    _, params = scheduler.request_finished(FakeRequest(KEEP), [7, 8, 9])
+    consumer = make_scheduler(FakeEndpoint())
+    assert consumer.get_num_new_matched_tokens(FakeRequest(params), 0) == (40, True)
+
+
+@pytest.mark.parametrize(
+    ("request_", "block_ids"),
+    [
+        (FakeRequest(None), [7, 8, 9]),
+        (FakeRequest({"do_remote_decode": False}), [7, 8, 9]),
+        (FakeRequest(KEEP, status=Status.FINISHED_ABORTED), [7, 8, 9]),
+        (FakeRequest(KEEP, num_computed_tokens=0), []),
+    ],
+    ids=["no params", "not asked", "aborted", "nothing computed"],
+)
+def test_blocks_are_not_kept_without_a_consumer(
+    scheduler: PDConnectorScheduler, request_: FakeRequest, block_ids: list[int]
+) -> None:
+    assert scheduler.request_finished(request_, block_ids) == (False, None)
+    assert scheduler.build_step_news().grants == []
+
+
+def test_transfer_id_in_use_is_not_leased_again(scheduler: PDConnectorScheduler) -> None:
+    assert scheduler.request_finished(FakeRequest(KEEP), [7, 8, 9])[0]
+    again = FakeRequest(KEEP, request_id="req-2")
+    assert scheduler.request_finished(again, [1, 2, 3]) == (False, None)
+    scheduler.update_finished_sending(["req-1"])
+    assert scheduler.request_finished(FakeRequest(KEEP, request_id="req-3"), [1, 2, 3])[0]
+
+
+def test_without_a_routers_id_the_request_id_names_the_transfer(
+    scheduler: PDConnectorScheduler,
+) -> None:
+    _, params = scheduler.request_finished(FakeRequest({"do_remote_decode": True}), [7, 8, 9])
+    assert params is not None
+    assert params["transfer_id"] == "req-1"
+
+
+def test_releases_reach_the_worker_half_once(
+    scheduler: PDConnectorScheduler, endpoint: FakeEndpoint
+) -> None:
+    endpoint.to_take = ["t5"]
+    assert scheduler.build_step_news().releases == ["t5"]
+    assert scheduler.build_step_news().releases == []
