@@ -291,9 +291,17 @@ def router(
 
     [dim]$[/dim] vllm-pd router --prefill http://10.0.0.1:8100 --decode http://10.0.0.2:8200
     """
+    import logging
+
     from vllm_pd.config import RouterConfig, from_mapping
     from vllm_pd.router.app import run
 
+    # As vLLM's lines look, so that the logs of a deployment read alike.
+    logging.basicConfig(
+        level=logging.INFO,
+        format="%(levelname)s %(asctime)s [%(filename)s:%(lineno)d] %(message)s",
+        datefmt="%m-%d %H:%M:%S",
+    )
     values = _json_object(options, source="--options")
     values |= {"host": host, "port": port, "prefill_urls": prefill, "decode_urls": decode}
     return run(from_mapping(RouterConfig, values, source="router"))

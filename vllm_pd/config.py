@@ -59,7 +59,7 @@ class ConnectorConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     side_channel_port: int = 0
     cluster_key_file: str | None = None
     lease_s: float = 30.0
-    handshake_timeout_s: float = 3.0
+    handshake_timeout_s: float = 10.0
     transfer_timeout_s: float = 30.0
     min_load_tokens: int = 1
 

@@ -192,10 +192,12 @@ class TestPrefillInstanceKilled:
             wait_for(
                 lambda: (
                     deployment.status()["prefill-0"]["num_restarts"] == 1
-                    and deployment.status()["prefill-0"]["status"] == "ready"
+                    and deployment.status()["prefill-0"]["state"] == "ready"
                 ),
                 timeout_s=120,
             )
+            # The supervisor has seen it; so must the router, at its next probe.
+            wait_for(lambda: '"healthy": false' not in get(f"{deployment.router}/ready"))
             before = deployment.tokens_by_source()
             check_equal(reference.equality[:12], deployment.router, concurrency=4)
             moved = deployment.tokens_by_source()

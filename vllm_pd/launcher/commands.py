@@ -21,7 +21,7 @@ from vllm_pd.launcher.launch import launch
 from vllm_pd.launcher.logs import LogFollower, last_lines
 from vllm_pd.launcher.model import DEMO_MODEL_NAME, check_model
 from vllm_pd.launcher.plan import DeploymentPlan
-from vllm_pd.launcher.planning import Model, make_plan, wanted_ports
+from vllm_pd.launcher.planning import Model, make_plan, uses_hccl_connector, wanted_ports
 from vllm_pd.launcher.ports import check_ports
 from vllm_pd.launcher.process import is_alive
 from vllm_pd.launcher.progress import LiveProgress, PlainProgress, Progress
@@ -71,7 +71,6 @@ def prepare(
     Raises:
         ConfigError: the topology does not fit this machine.
     """
-    check_transports(topology.connector.transport_names)
     machine = find_machine(topology.device, os.environ)
     if topology.model is None:
         path, name = str(run_dir.demo_model_path), DEMO_MODEL_NAME
@@ -90,6 +89,7 @@ def prepare(
         environ=os.environ,
     )
     check_engine(machine.device)
+    check_transports(needed_transports(topology, machine.device))
     check_ports(wanted_ports(topology, plan))
     for warning in warnings:
         say(f"warning: {warning}")
@@ -98,6 +98,13 @@ def prepare(
     if not run_dir.key_path.exists():
         makers.cluster_key(run_dir.key_path)
     return plan
+
+
+def needed_transports(topology: Topology, device: str) -> Sequence[str] | None:
+    """Return the transports that must be installed; None: any will do."""
+    if uses_hccl_connector(topology, device):
+        return ("hccl",)
+    return topology.connector.transport_names
 
 
 def check_transports(names: Sequence[str] | None) -> None:
@@ -109,6 +116,11 @@ def check_transports(names: Sequence[str] | None) -> None:
     known = sorted(metadata.entry_points(group="vllm_pd.transports").names)
     for name in names or ():
         if name not in known:
+            if name == "hccl":
+                raise ConfigError(
+                    "the hccl transport is not installed",
+                    hint="install ascend-vllm-plugin; host transports do not reach NPU memory",
+                )
             raise ConfigError(
                 f"unknown transport {name!r}", hint=f"use auto or one of {', '.join(known)}"
             )

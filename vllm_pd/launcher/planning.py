@@ -92,6 +92,12 @@ def make_plan(
     for args in (topology.args, *(group.args for group in groups.values())):
         _check_args(args)
     placements, warnings = place(groups, machine.pool, device=machine.device)
+    tps = {role: group.tp for role, group in groups.items()}
+    if tps[Role.PREFILL] != tps[Role.DECODE]:
+        warnings.append(
+            f"prefill has TP {tps[Role.PREFILL]} and decode TP {tps[Role.DECODE]}: KV cache cannot "
+            "be handed over between unequal sizes yet, so decode computes every prompt again"
+        )
     kv_transfer_config = _kv_transfer_config(topology, machine.device, cluster_key_file)
     instances = [
         _instance(topology, machine, p, model=model, kv_transfer_config=kv_transfer_config)
@@ -147,6 +153,11 @@ def _check_args(args: Sequence[str]) -> None:
             raise ConfigError(f"{arg} is set by the launcher", hint=f"use {instead}")
 
 
+def uses_hccl_connector(topology: Topology, device: str) -> bool:
+    """Return whether the instances insist on HCCL: on NPUs, unless a transport is named."""
+    return device == "npu" and topology.connector.transport == "auto"
+
+
 def _kv_transfer_config(topology: Topology, device: str, cluster_key_file: Path) -> str:
     """Return the value of ``--kv-transfer-config``."""
     connector = topology.connector
@@ -154,7 +165,9 @@ def _kv_transfer_config(topology: Topology, device: str, cluster_key_file: Path)
     extra.setdefault("cluster_key_file", str(cluster_key_file))
     return json.dumps(
         {
-            "kv_connector": "HcclConnector" if device == "npu" else "PDConnector",
+            "kv_connector": (
+                "HcclConnector" if uses_hccl_connector(topology, device) else "PDConnector"
+            ),
             "kv_role": "kv_both",
             "kv_load_failure_policy": "recompute",
             "kv_connector_extra_config": extra,

@@ -83,6 +83,7 @@ class _Session:
     session_id: bytes
     request: FetchRequest  # the first one; names the producer
     client: ControlClient
+    started: float
     deadline: float | None  # of the handshake
     state: SessionState = SessionState.DESCRIBING
     transport: Transport | None = None
@@ -207,7 +208,7 @@ class Consumer:
         client = self._context.client(request.remote_host, request.remote_port)
         # ZeroMQ reserves identities that start with a zero byte.
         session_id = b"\x01" + secrets.token_bytes(15)
-        session = _Session(session_id, request, client, now + self._handshake_timeout_s)
+        session = _Session(session_id, request, client, now, now + self._handshake_timeout_s)
         client.send(Describe())
         self._sessions[request.remote_engine_id] = session
         self.num_changes += 1
@@ -235,7 +236,7 @@ class Consumer:
             case InstanceInfo(), SessionState.DESCRIBING:
                 self._greet(session, message)
             case Hello(), SessionState.GREETING:
-                self._get_ready(session, message)
+                self._get_ready(session, message, now)
             case Refused(), _:
                 raise IncompatiblePeerError(f"the producer refused: {message.reason}")
             case FetchReady(), SessionState.READY:
@@ -266,7 +267,7 @@ class Consumer:
         session.client.send(self._local)
         session.state = SessionState.GREETING
 
-    def _get_ready(self, session: _Session, hello: Hello) -> None:
+    def _get_ready(self, session: _Session, hello: Hello, now: float) -> None:
         check_compatible(self._local, hello)
         if hello.engine_id != session.request.remote_engine_id:
             raise PeerLostError(f"engine {session.request.remote_engine_id} has restarted")
@@ -279,7 +280,12 @@ class Consumer:
         transport = self._transports[name]
         transport.add_peer(session.peer_id, hello.endpoints[name])
         session.transport, session.state, session.deadline = transport, SessionState.READY, None
-        logger.info("fetching from engine %s over %s", hello.engine_id, name)
+        logger.info(
+            "fetching from engine %s over %s, after a handshake of %.0f ms",
+            hello.engine_id,
+            name,
+            (now - session.started) * 1e3,
+        )
         for fetch, _ in list(session.fetches.values()):
             self._request(session, fetch)
 

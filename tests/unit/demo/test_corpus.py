@@ -175,8 +175,13 @@ def test_pages_of_a_repository_are_read_in_order(tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text("# Read me\n\nFirst.")
     (tmp_path / "docs" / "a.md").write_text("# Page\n\nSecond.")
     (tmp_path / "vllm_pd" / "__init__.py").write_text('"""Third."""\n')
+    (tmp_path / "vllm_pd" / "a.py").write_text('"""Fourth."""\n')
     corpus = read_corpus(tmp_path)
-    assert corpus.documents == ("# Read me\n\nFirst.", "# Page\n\nSecond.", "`vllm_pd`: Third.")
+    assert corpus.documents == (
+        "# Read me\n\nFirst.",
+        "# Page\n\nSecond.",
+        "`vllm_pd`: Third.\n\n`vllm_pd.a`: Fourth.",
+    )
     assert corpus.topics[0] == Topic("Read me", "First.")
 
 

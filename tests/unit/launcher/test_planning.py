@@ -92,6 +92,25 @@ def test_npu_instances_use_the_hccl_connector_and_their_own_devices() -> None:
     assert option(decode, "--tensor-parallel-size") == "4"
 
 
+def test_npu_instances_with_a_named_transport_use_the_plain_connector() -> None:
+    topology = Topology(connector=ConnectorConfig(transport="tcp"))
+    spec = process(plan_of(topology, NPU), "prefill-0")
+    assert kv_transfer_config(spec)["kv_connector"] == "PDConnector"
+
+
+def test_unequal_tensor_parallelism_is_warned_about() -> None:
+    topology = Topology(prefill=InstanceGroup(tp=4), decode=InstanceGroup(count=2, tp=2))
+    _, warnings = make_plan(
+        topology,
+        NPU,
+        model=Model("/m", "m"),
+        cluster_key_file=Path("/run/cluster.key"),
+        environ={},
+    )
+    assert len(warnings) == 1
+    assert "prefill has TP 4 and decode TP 2" in warnings[0]
+
+
 def test_cuda_instances_get_devices_from_the_visible_pool() -> None:
     plan = plan_of(Topology(), CUDA)
     assert process(plan, "prefill-0").env == {"CUDA_VISIBLE_DEVICES": "4"}
