@@ -81,7 +81,7 @@ def make_llm(path: str, env: str, options: dict[str, Any]) -> Any:
     from vllm.config import KVTransferConfig
 
     transfer = KVTransferConfig(**options.pop("kv_transfer_config"))
-    return LLM(model=path, kv_transfer_config=transfer, **options)
+    return LLM(model=path, kv_transfer_config=transfer, disable_log_stats=False, **options)
 
 
 def prefill(path: str, env: str, options: dict[str, Any], handed: Queue[Any], done: Any) -> None:
@@ -101,6 +101,7 @@ def prefill(path: str, env: str, options: dict[str, Any], handed: Queue[Any], do
     for output in llm.generate(PROMPTS, params, use_tqdm=False):
         handed.put((output.prompt, output.kv_transfer_params))
     done.wait(WAIT_S)
+    llm.llm_engine.engine_core.shutdown()  # multiprocessing waits for the engine's processes
 
 
 def decode(path: str, env: str, options: dict[str, Any], handed: Queue[Any], done: Any) -> None:
@@ -119,9 +120,15 @@ def decode(path: str, env: str, options: dict[str, Any], handed: Queue[Any], don
         prompts = [prompt for prompt, _ in received]
         for output in llm.generate(prompts, params, use_tqdm=False):
             print(f"\nprompt:  {output.prompt}")
-            print(f"answer: {output.outputs[0].text}")
-            num_prompt, num_cached = len(output.prompt_token_ids or []), output.num_cached_tokens
-            print(f"         {num_cached} of {num_prompt} prompt tokens came from elsewhere")
+            print(f"answer:  {output.outputs[0].text}")
+        num_tokens = {
+            metric.labels["source"]: metric.value
+            for metric in llm.get_metrics()
+            if metric.name == "vllm:prompt_tokens_by_source"
+        }
+        moved = num_tokens.get("external_kv_transfer", 0)
+        print(f"\n{moved} of {sum(num_tokens.values())} prompt tokens came from the other process")
+        llm.llm_engine.engine_core.shutdown()
     finally:
         done.set()
 
