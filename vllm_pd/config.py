@@ -8,6 +8,7 @@ ignored is found only under load.
 from __future__ import annotations
 
 import enum
+import ipaddress
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -26,7 +27,10 @@ DEFAULT_DECODE_PORT = 8200
 
 def is_loopback(host: str) -> bool:
     """Return whether an address is reached without leaving the host."""
-    return host in {"localhost", "::1"} or host.startswith("127.")
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 class Role(enum.Enum):
@@ -51,7 +55,9 @@ class ConnectorConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
         handshake_timeout_s: longest wait for a peer's handshake.
         transfer_timeout_s: longest wait for the blocks of one request, from the
             fetch to the last byte.
-        min_load_tokens: prompts of which fewer tokens are remote are computed locally.
+        min_load_tokens: prompts of which a transfer would save fewer tokens are
+            computed locally. The last prompt token is always computed.
+        num_copy_threads: threads that copy blocks in the shm transport.
     """
 
     transport: str = "auto"
@@ -62,6 +68,7 @@ class ConnectorConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     handshake_timeout_s: float = 10.0
     transfer_timeout_s: float = 30.0
     min_load_tokens: int = 1
+    num_copy_threads: int = 1
 
     def __post_init__(self) -> None:
         for name in ("lease_s", "handshake_timeout_s", "transfer_timeout_s"):
@@ -71,6 +78,13 @@ class ConnectorConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
             raise ValueError(f"min_load_tokens must be at least 1, not {self.min_load_tokens}")
         if not 0 <= self.side_channel_port <= 65535:
             raise ValueError(f"side_channel_port {self.side_channel_port} is not a port")
+        if self.side_channel_host in {"", "*", "0.0.0.0", "::"}:
+            raise ValueError(
+                f"side_channel_host {self.side_channel_host!r} is not an address that peers can "
+                "connect to: name the one that other hosts reach this host by"
+            )
+        if self.num_copy_threads < 1:
+            raise ValueError(f"num_copy_threads must be at least 1, not {self.num_copy_threads}")
         if not self.is_loopback and self.cluster_key_file is None:
             raise ValueError(
                 f"side_channel_host {self.side_channel_host} is reachable from other hosts: "

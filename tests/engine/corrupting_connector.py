@@ -23,7 +23,7 @@ def _copy_and_flip(dst: int, src: int, num_bytes: int) -> None:
     # tokens' keys and values lie at the start of the block.
     for offset in range(1, min(NUM_FLIPPED, num_bytes), 2):
         byte = ctypes.c_ubyte.from_address(dst + offset)
-        byte.value ^= 0x41  # exponent bits of a bfloat16
+        byte.value ^= 0x41  # whatever the dtype, exponents among them
 
 
 memory.copy = _copy_and_flip

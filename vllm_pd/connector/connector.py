@@ -86,6 +86,12 @@ class PDConnector(KVConnectorBase_V1, SupportsHMA):
             extra["transport"] = self._transport
         config = from_mapping(ConnectorConfig, extra, source="kv_connector_extra_config")
         _check_supported(vllm_config, kv_cache_config)
+        if transfer_config.kv_load_failure_policy != "recompute":
+            logger.warning(
+                'kv_load_failure_policy is %r: a lost transfer fails its request; "recompute" '
+                "computes the prompt here instead",
+                transfer_config.kv_load_failure_policy,
+            )
         engine_id = str(transfer_config.engine_id)
         tp_size = vllm_config.parallel_config.tensor_parallel_size
         self._endpoint: InstanceEndpoint | None = None
@@ -93,9 +99,11 @@ class PDConnector(KVConnectorBase_V1, SupportsHMA):
         self._worker: PDConnectorWorker | None = None
         if role == KVConnectorRole.SCHEDULER:
             if config.side_channel_port:
-                rank = vllm_config.parallel_config.data_parallel_rank
+                # Not data_parallel_rank: for dense models 0.32 sets it to 0 in every engine.
+                parallel = vllm_config.parallel_config
+                index = getattr(parallel, "data_parallel_index", parallel.data_parallel_rank)
                 config = msgspec.structs.replace(
-                    config, side_channel_port=config.side_channel_port + rank
+                    config, side_channel_port=config.side_channel_port + index
                 )
             self._endpoint = InstanceEndpoint(config, engine_id=engine_id, tp_size=tp_size)
             self._scheduler = PDConnectorScheduler(
@@ -298,7 +306,7 @@ def _fingerprint(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> Fin
     dtype = str(model.dtype).removeprefix("torch.")
     groups = kv_cache_config.kv_cache_groups
     return Fingerprint(
-        model=model_digest(model.model, model.revision),
+        model=model_digest(model.model, model.revision, model.hf_config.to_dict()),
         dtype=dtype,
         kv_cache_dtype=dtype if cache.cache_dtype == "auto" else str(cache.cache_dtype),
         quantization=str(model.quantization or ""),

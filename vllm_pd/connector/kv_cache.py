@@ -9,9 +9,10 @@ K and V, each ``(num_blocks, block_size, num_kv_heads, head_size)``.
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from vllm_pd.errors import ConfigError
 from vllm_pd.protocol.messages import KVLayout
@@ -20,8 +21,10 @@ from vllm_pd.transport.base import KVRegion
 if TYPE_CHECKING:
     import torch
 
-_SAMPLE_LEN = 64 * 1024
-_NUM_SAMPLES = 16
+_SAMPLE_LEN = 4096
+_NUM_SAMPLES = 1024
+_MAX_HEADER_LEN = 100 * 1024 * 1024
+_VOLATILE_KEYS = {"_name_or_path", "name_or_path", "transformers_version"}
 
 
 def to_regions(
@@ -82,22 +85,60 @@ def to_layout(regions: Sequence[KVRegion]) -> KVLayout:
     )
 
 
-def model_digest(model: str, revision: str | None) -> str:
-    """Identify a checkpoint independently of where it lies.
+def model_digest(model: str, revision: str | None, config: Mapping[str, Any]) -> str:
+    """Identify what computes the KV cache, independently of where it lies.
 
-    For a folder: names, sizes and samples of its weight files, so that two fine-tunes
-    of one architecture differ. Otherwise: name and revision.
+    Args:
+        model: checkpoint folder, or name on a hub.
+        revision: of the name.
+        config: the model's configuration as it is used, after overrides.
+
+    Returns:
+        A digest of the configuration and of the weights: for a folder, names,
+        shapes and samples of every tensor, so that two fine-tunes of one
+        architecture differ; otherwise name and revision.
     """
-    folder = Path(model)
-    if not folder.is_dir():
-        return f"{model}@{revision or 'main'}"
-    weights = sorted(path for path in folder.iterdir() if path.suffix in {".safetensors", ".bin"})
     digest = hashlib.blake2b(digest_size=16)
-    for path in weights or [folder / "config.json"]:
-        size = path.stat().st_size
-        digest.update(f"{path.name}:{size};".encode())
-        with path.open("rb") as file:
-            for i in range(_NUM_SAMPLES):
-                file.seek(max(size - _SAMPLE_LEN, 0) * i // (_NUM_SAMPLES - 1))
-                digest.update(file.read(_SAMPLE_LEN))
+    kept = {key: value for key, value in config.items() if key not in _VOLATILE_KEYS}
+    digest.update(json.dumps(kept, sort_keys=True, default=str).encode())
+    folder = Path(model)
+    if folder.is_dir():
+        for path in sorted(folder.iterdir()):
+            if path.suffix in {".safetensors", ".bin"}:
+                digest.update(path.name.encode())
+                _digest_weights(path, digest)
+    else:
+        digest.update(f"{model}@{revision or 'main'}".encode())
     return digest.hexdigest()
+
+
+def _digest_weights(path: Path, digest: hashlib.blake2b) -> None:
+    """Sample a weight file: every tensor where its header says where they are."""
+    size = path.stat().st_size
+    digest.update(str(size).encode())
+    with path.open("rb") as file:
+        for offset in _tensor_offsets(file, size, digest) or _even_offsets(size):
+            file.seek(offset)
+            digest.update(file.read(_SAMPLE_LEN))
+
+
+def _tensor_offsets(file: BinaryIO, size: int, digest: hashlib.blake2b) -> list[int]:
+    """Return where to sample a safetensors file: the middle of each tensor; [] for others.
+
+    Format: 8 bytes with the length of a JSON header, the header, the tensors.
+    """
+    header_len = int.from_bytes(file.read(8), "little")
+    if not 2 <= header_len <= min(size - 8, _MAX_HEADER_LEN):
+        return []
+    data = file.read(header_len)
+    try:
+        header = json.loads(data)
+        spans = [entry["data_offsets"] for name, entry in header.items() if name != "__metadata__"]
+    except (ValueError, TypeError, KeyError, AttributeError):
+        return []
+    digest.update(data)
+    return [8 + header_len + (first + last) // 2 for first, last in spans]
+
+
+def _even_offsets(size: int) -> list[int]:
+    return [max(size - _SAMPLE_LEN, 0) * i // (_NUM_SAMPLES - 1) for i in range(_NUM_SAMPLES)]

@@ -7,7 +7,7 @@ the Protocols below name, so that it is tested without an engine.
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -121,10 +121,11 @@ class PDConnectorScheduler:
         remote = self._remote_of(request)
         if remote is None or request.request_id in self._decided:
             return 0, False
-        num_tokens = remote.remote_num_tokens - num_computed_tokens
-        if num_tokens < self._min_load_tokens:
+        # vLLM computes the last prompt token in any case, to have something to sample from.
+        num_saved = min(remote.remote_num_tokens, request.num_prompt_tokens - 1)
+        if num_saved - num_computed_tokens < self._min_load_tokens:
             return 0, False
-        return num_tokens, True
+        return remote.remote_num_tokens - num_computed_tokens, True
 
     def update_state_after_alloc(
         self,
@@ -184,11 +185,14 @@ class PDConnectorScheduler:
             worker half reports the request as sent, and the
             ``kv_transfer_params`` of the response.
         """
-        remote = self._remotes.pop(request.request_id, None)
+        if request.request_id not in self._remotes:  # aborted or rejected before it was scheduled
+            remote = self._parse(request)
+        else:
+            remote = self._remotes.pop(request.request_id)
         if request.request_id in self._decided:
             self._decided.remove(request.request_id)
-        elif remote := remote or self._parse(request):
-            self._release(remote)  # aborted or rejected before it was scheduled
+        elif remote is not None:
+            self._release(remote)
         params = request.kv_transfer_params
         if params is None or not wants_remote_decode(params):
             return False, None
@@ -199,11 +203,6 @@ class PDConnectorScheduler:
         for request_id in request_ids:
             self._leased.pop(request_id, None)
         self._endpoint.set_num_leases(len(self._leased))
-
-    @property
-    def leased_requests(self) -> Collection[str]:
-        """Requests whose blocks are kept for a consumer."""
-        return self._leased.keys()
 
     def _grant(
         self, request: SchedulerRequest, params: dict[str, Any], block_ids: Sequence[int]
@@ -217,9 +216,7 @@ class PDConnectorScheduler:
             logger.warning("%s: transfer %s is leased already", request.request_id, transfer_id)
             return False, None
         kept = tuple(block_ids[:num_blocks])
-        self._leased[request.request_id] = transfer_id
-        self._grants.append(Grant(transfer_id, request.request_id, kept))
-        self._endpoint.set_num_leases(len(self._leased))
+        # Whatever can fail comes before the lease: once granted, vLLM must keep the blocks.
         remote = RemotePrefill(
             transfer_id=transfer_id,
             remote_engine_id=self._engine_id,
@@ -229,7 +226,11 @@ class PDConnectorScheduler:
             remote_num_tokens=num_tokens,
             remote_prompt_digest=_digest(request, num_tokens),
         )
-        return True, remote_prefill_params(remote, block_ids=kept, tp_size=self._tp_size)
+        answer = remote_prefill_params(remote, block_ids=kept, tp_size=self._tp_size)
+        self._leased[request.request_id] = transfer_id
+        self._grants.append(Grant(transfer_id, request.request_id, kept))
+        self._endpoint.set_num_leases(len(self._leased))
+        return True, answer
 
     def _remote_of(self, request: SchedulerRequest) -> RemotePrefill | None:
         """Return the usable remote prefill of a request; checked once per request."""
@@ -249,7 +250,9 @@ class PDConnectorScheduler:
         if remote is None:
             return None
         problem = None
-        if remote.remote_num_tokens > request.num_prompt_tokens:
+        if remote.remote_engine_id == self._engine_id:
+            problem = "it was prefilled by this engine, so its prefix cache has it"
+        elif remote.remote_num_tokens > request.num_prompt_tokens:
             problem = f"{remote.remote_num_tokens} remote tokens, {request.num_prompt_tokens} here"
         elif remote.remote_prompt_digest not in ("", _digest(request, remote.remote_num_tokens)):
             problem = "the remote prefill is of another prompt"

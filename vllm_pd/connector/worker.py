@@ -64,7 +64,9 @@ class PDConnectorWorker:
         """
         regions = to_regions(kv_caches)
         layout = to_layout(regions)
-        options = TransportOptions(host=self._config.side_channel_host)
+        options = TransportOptions(
+            host=self._config.side_channel_host, num_copy_threads=self._config.num_copy_threads
+        )
         transports = open_transports(self._config.transport_names, regions, options)
         local = LocalWorker(self._engine_id, self.tp_rank, self._tp_size, self.fingerprint, layout)
         self._manager = SessionManager(self._config, local, transports)

@@ -20,7 +20,11 @@ logger = logging.getLogger(__name__)
 
 
 class Child:
-    """A running process, leader of its own session and process group.
+    """A running process, leader of its own process group.
+
+    It stays in the supervisor's session: Linux schedules sessions as groups
+    (sched_autogroup), and two busy vLLM workers that shared a core from two
+    sessions were seen to starve each other for ten seconds at a time.
 
     It is not reaped before ``bury``, so until then its number cannot be reused
     and signalling it and its group is safe.
@@ -46,7 +50,7 @@ class Child:
                     stdin=subprocess.DEVNULL,
                     stdout=log,
                     stderr=subprocess.STDOUT,
-                    start_new_session=True,
+                    process_group=0,  # not a session of its own, see the class
                 )
         except OSError as exc:
             raise LaunchError(f"{spec.name} could not be started: {exc}") from exc

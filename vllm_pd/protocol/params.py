@@ -53,11 +53,17 @@ def wants_remote_decode(params: Mapping[str, Any] | None) -> bool:
 
 
 def transfer_id_of(params: Mapping[str, Any], *, default: str) -> str:
-    """Return the router's transfer id, or ``default`` if it minted none we can use."""
+    """Return the router's transfer id, or one made from ``default`` if it minted none.
+
+    vLLM takes request ids of any length from a client's header, so a long one is
+    replaced by its digest.
+    """
     transfer_id = params.get("transfer_id")
     if isinstance(transfer_id, str) and 0 < len(transfer_id) <= MAX_ID_LEN:
         return transfer_id
-    return default
+    if len(default) <= MAX_ID_LEN:
+        return default
+    return hashlib.blake2b(default.encode(), digest_size=16).hexdigest()
 
 
 def remote_prefill_params(

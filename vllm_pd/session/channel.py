@@ -15,7 +15,7 @@ import zmq
 from zmq.auth.thread import ThreadAuthenticator
 from zmq.utils.monitor import recv_monitor_message
 
-from vllm_pd.config import ConnectorConfig
+from vllm_pd.config import ConnectorConfig, is_loopback
 from vllm_pd.errors import ConfigError, PeerLostError, RemoteProtocolError
 from vllm_pd.protocol.messages import MAX_FRAME_LEN, AnyMessage, decode, encode
 from vllm_pd.session.keys import ClusterKey, load_cluster_key
@@ -56,10 +56,12 @@ class ControlContext:
                 credentials_provider=_OnlyThisKey(self._key.public)
             )
 
-    @property
-    def is_encrypted(self) -> bool:
-        """Whether there is a cluster key."""
-        return self._key is not None
+    def may_connect(self, host: str) -> bool:
+        """Return whether a host named by a request may be spoken to.
+
+        Without a cluster key nobody proves who they are, so only this host is.
+        """
+        return self._key is not None or is_loopback(host)
 
     def server(self, host: str, port: int) -> ControlServer:
         """Bind a server; port 0 picks a free one.
@@ -85,14 +87,24 @@ class ControlContext:
             host: where the server is.
             port: its port.
             identity: how the server sees us; None lets it choose.
+
+        Raises:
+            PeerLostError: that is no address, or there are no descriptors left.
         """
-        sock = self._socket(zmq.DEALER, host)
-        if identity is not None:
-            sock.routing_id = identity
-        if self._key is not None:
-            sock.curve_serverkey = self._key.public
-            sock.curve_publickey, sock.curve_secretkey = self._key.public, self._key.secret
-        return ControlClient(sock, f"tcp://{_bracketed(host)}:{port}")
+        try:
+            sock = self._socket(zmq.DEALER, host)
+        except zmq.ZMQError as exc:
+            raise PeerLostError(f"{host} port {port}: {exc.strerror}") from exc
+        try:
+            if identity is not None:
+                sock.routing_id = identity
+            if self._key is not None:
+                sock.curve_serverkey = self._key.public
+                sock.curve_publickey, sock.curve_secretkey = self._key.public, self._key.secret
+            return ControlClient(sock, f"tcp://{_bracketed(host)}:{port}")
+        except zmq.ZMQError as exc:
+            sock.close(linger=0)
+            raise PeerLostError(f"{host} port {port}: {exc.strerror}") from exc
 
     def close(self) -> None:
         """Stop the authenticator and the context; sockets must be closed before."""

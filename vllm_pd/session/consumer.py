@@ -37,6 +37,7 @@ from vllm_pd.protocol.messages import (
 )
 from vllm_pd.protocol.state import Fetch, FetchState, SessionState
 from vllm_pd.session.channel import ControlClient, ControlContext
+from vllm_pd.session.instance import send_release
 from vllm_pd.transport.base import TransferOutcome, Transport
 
 logger = logging.getLogger(__name__)
@@ -78,6 +79,15 @@ class FetchResult:
     error: PDError | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class _Pending:
+    """A fetch that has not ended."""
+
+    fetch: Fetch
+    request: FetchRequest
+    started: float
+
+
 @dataclass(slots=True, eq=False)
 class _Session:
     session_id: bytes
@@ -87,7 +97,7 @@ class _Session:
     deadline: float | None  # of the handshake
     state: SessionState = SessionState.DESCRIBING
     transport: Transport | None = None
-    fetches: dict[int, tuple[Fetch, float]] = field(default_factory=dict)  # with its start
+    fetches: dict[int, _Pending] = field(default_factory=dict)
 
     @property
     def peer_id(self) -> str:
@@ -103,7 +113,6 @@ class Consumer:
         transports: by name, best first.
         handshake_timeout_s: longest wait for a session to become ready.
         transfer_timeout_s: longest wait for a fetch, its session's handshake included.
-        may_connect: whether a host may be spoken to at all.
     """
 
     def __init__(
@@ -114,17 +123,15 @@ class Consumer:
         *,
         handshake_timeout_s: float,
         transfer_timeout_s: float,
-        may_connect: Callable[[str], bool],
     ) -> None:
         self._context = context
         self._local = local
         self._transports = transports
         self._handshake_timeout_s = handshake_timeout_s
         self._transfer_timeout_s = transfer_timeout_s
-        self._may_connect = may_connect
         self._fetch_ids = itertools.count(1)
         self._sessions: dict[str, _Session] = {}  # by the producer's engine id
-        self._receiving: dict[tuple[str, int], tuple[Fetch, float]] = {}
+        self._receiving: dict[tuple[str, int], _Pending] = {}
         self._results: list[FetchResult] = []
         self.num_changes = 0  # of the set of sockets
 
@@ -147,14 +154,15 @@ class Consumer:
             request.block_ids,
             now + self._transfer_timeout_s,
         )
+        pending = _Pending(fetch, request, now)
         session = self._sessions.get(request.remote_engine_id)
         if session is None:
             try:
                 session = self._open(request, now)
             except PDError as exc:
-                self._finish(fetch, now, now, exc)
+                self._finish(pending, now, exc)
                 return
-        session.fetches[fetch.fetch_id] = (fetch, now)
+        session.fetches[fetch.fetch_id] = pending
         if session.state is SessionState.READY:
             self._guard(session, now, lambda: self._request(session, fetch))
 
@@ -165,22 +173,21 @@ class Consumer:
 
     def end_transfer(self, outcome: TransferOutcome, now: float) -> bool:
         """Take note of a transport's outcome; return whether it was one of ours."""
-        found = self._receiving.pop((outcome.peer_id, outcome.transfer_id), None)
-        if found is None:
+        pending = self._receiving.pop((outcome.peer_id, outcome.transfer_id), None)
+        if pending is None:
             return False
-        fetch, started = found
         for session in list(self._sessions.values()):
             if session.peer_id == outcome.peer_id:
                 session.fetches.pop(outcome.transfer_id, None)
                 if outcome.error is not None:
                     self._close(session, now, outcome.error)
-        self._finish(fetch, started, now, outcome.error, outcome.num_bytes)
+        self._finish(pending, now, outcome.error, outcome.num_bytes)
         return True
 
     def expire(self, now: float) -> None:
         """Fail what is overdue; a session with an overdue fetch is not trusted further."""
         for session in list(self._sessions.values()):
-            overdue = [f for f, _ in session.fetches.values() if f.deadline <= now]
+            overdue = [p.fetch for p in session.fetches.values() if p.fetch.deadline <= now]
             if session.deadline is not None and session.deadline <= now:
                 self._close(session, now, TransferTimeoutError("no answer to the handshake"))
             elif overdue:
@@ -191,7 +198,7 @@ class Consumer:
         """Return when ``expire`` has something to do."""
         times = [s.deadline for s in self._sessions.values() if s.deadline is not None]
         for session in self._sessions.values():
-            times += [fetch.deadline for fetch, _ in session.fetches.values()]
+            times += [pending.fetch.deadline for pending in session.fetches.values()]
         return min(times, default=None)
 
     def close(self, now: float) -> None:
@@ -200,7 +207,7 @@ class Consumer:
             self._close(session, now, TransferError("this engine shuts down"))
 
     def _open(self, request: FetchRequest, now: float) -> _Session:
-        if not self._may_connect(request.remote_host):
+        if not self._context.may_connect(request.remote_host):
             raise IncompatiblePeerError(
                 f"{request.remote_host} is another host and there is no cluster key",
                 hint="set cluster_key_file on both sides",
@@ -220,6 +227,9 @@ class Consumer:
             step()
         except PDError as exc:
             self._close(session, now, exc)
+        except Exception as exc:
+            logger.exception("session with engine %s", session.request.remote_engine_id)
+            self._close(session, now, TransferError(f"internal error: {exc!r}"))
 
     def _drain(self, session: _Session, now: float) -> None:
         # Messages first: an answer may lie there although the peer is gone by now.
@@ -255,7 +265,7 @@ class Consumer:
                 hint="unequal tensor parallelism is not supported yet",
             )
         ours = [w for w in info.workers if w.tp_rank == self._local.tp_rank]
-        if not ours or not self._may_connect(ours[0].host):
+        if not ours or not self._context.may_connect(ours[0].host):
             raise IncompatiblePeerError(
                 f"engine {info.engine_id} has no reachable worker of rank {self._local.tp_rank}"
             )
@@ -286,8 +296,8 @@ class Consumer:
             name,
             (now - session.started) * 1e3,
         )
-        for fetch, _ in list(session.fetches.values()):
-            self._request(session, fetch)
+        for pending in list(session.fetches.values()):
+            self._request(session, pending.fetch)
 
     def _request(self, session: _Session, fetch: Fetch) -> None:
         assert session.transport is not None
@@ -305,21 +315,22 @@ class Consumer:
     def _receive(self, session: _Session, fetch_id: int) -> None:
         if fetch_id not in session.fetches or session.transport is None:
             raise RemoteProtocolError(f"FetchReady of unknown fetch {fetch_id}")
-        fetch, started = session.fetches[fetch_id]
+        pending = session.fetches[fetch_id]
+        fetch = pending.fetch
         if fetch.state is not FetchState.REQUESTED:
             raise RemoteProtocolError(f"FetchReady of fetch {fetch_id} in {fetch.state.name}")
         session.transport.recv_blocks(session.peer_id, fetch_id, fetch.block_ids)
         fetch.advance(FetchState.RECEIVING)
-        self._receiving[session.peer_id, fetch_id] = (fetch, started)
+        self._receiving[session.peer_id, fetch_id] = pending
 
     def _take_refusal(self, session: _Session, message: FetchFailed, now: float) -> None:
-        found = session.fetches.get(message.fetch_id)
-        if found is None or found[0].state is not FetchState.REQUESTED:
+        pending = session.fetches.get(message.fetch_id)
+        if pending is None or pending.fetch.state is not FetchState.REQUESTED:
             raise RemoteProtocolError(f"FetchFailed of fetch {message.fetch_id}")
         del session.fetches[message.fetch_id]
         is_over = message.failure in (FetchFailure.LEASE_ENDED, FetchFailure.UNKNOWN_TRANSFER)
         error = LeaseExpiredError if is_over else TransferError
-        self._finish(*found, now, error(f"the producer refused: {message.detail}"))
+        self._finish(pending, now, error(f"the producer refused: {message.detail}"))
 
     def _close(self, session: _Session, now: float, error: PDError) -> None:
         """End a session. Fetches whose bytes move end with the transport's outcome."""
@@ -339,20 +350,21 @@ class Consumer:
         )
         if session.transport is not None:
             session.transport.remove_peer(session.peer_id)
-        for fetch, started in session.fetches.values():
-            if fetch.state is not FetchState.RECEIVING:
-                self._finish(fetch, started, now, error)
+        for pending in session.fetches.values():
+            if pending.fetch.state is not FetchState.RECEIVING:
+                self._finish(pending, now, error)
         session.fetches.clear()
 
     def _finish(
-        self,
-        fetch: Fetch,
-        started: float,
-        now: float,
-        error: PDError | None,
-        num_bytes: int = 0,
+        self, pending: _Pending, now: float, error: PDError | None, num_bytes: int = 0
     ) -> None:
+        """Report the end of a fetch; one that failed here gives its blocks back there."""
+        fetch, request = pending.fetch, pending.request
         fetch.advance(FetchState.FAILED if error else FetchState.DONE)
         self._results.append(
-            FetchResult(fetch.request_id, fetch.block_ids, num_bytes, now - started, error)
+            FetchResult(fetch.request_id, fetch.block_ids, num_bytes, now - pending.started, error)
         )
+        if error is not None and not isinstance(error, (PeerLostError, LeaseExpiredError)):
+            send_release(
+                self._context, request.remote_host, request.remote_port, request.transfer_id
+            )

@@ -34,6 +34,23 @@ _RELEASE_LINGER_S = 2.0
 _MAX_PENDING_RELEASES = 10_000
 
 
+def send_release(context: ControlContext, host: str, port: int, transfer_id: str) -> None:
+    """Tell an instance that a prefill will not be fetched; best effort, never raises."""
+    if not context.may_connect(host):
+        return
+    try:
+        client = context.client(host, port)
+    except PDError as exc:
+        logger.info("release of %s not sent: %s", transfer_id, exc)
+        return
+    try:
+        client.send(Release(transfer_id=transfer_id))
+    except PDError as exc:
+        logger.info("release of %s not sent: %s", transfer_id, exc)
+    finally:
+        client.close(linger_s=_RELEASE_LINGER_S)
+
+
 class InstanceEndpoint:
     """Serves Describe and Release on a thread of its own.
 
@@ -152,10 +169,4 @@ class InstanceEndpoint:
         with self._lock:
             outgoing, self._outgoing = self._outgoing, []
         for host, port, transfer_id in outgoing:
-            client = self._context.client(host, port)
-            try:
-                client.send(Release(transfer_id=transfer_id))
-            except PDError as exc:
-                logger.info("release of %s not sent: %s", transfer_id, exc)
-            finally:
-                client.close(linger_s=_RELEASE_LINGER_S)
+            send_release(self._context, host, port, transfer_id)

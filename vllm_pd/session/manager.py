@@ -18,7 +18,7 @@ from typing import Self
 
 import zmq
 
-from vllm_pd.config import ConnectorConfig, is_loopback
+from vllm_pd.config import ConnectorConfig
 from vllm_pd.errors import PDError, PeerLostError
 from vllm_pd.protocol.messages import PROTOCOL_VERSION, Fingerprint, Hello, KVLayout
 from vllm_pd.session.channel import ControlContext
@@ -103,7 +103,6 @@ class SessionManager:
             self._transports,
             handshake_timeout_s=config.handshake_timeout_s,
             transfer_timeout_s=config.transfer_timeout_s,
-            may_connect=_anywhere if self._context.is_encrypted else is_loopback,
         )
         self.host, self.port = self._server.host, self._server.port
         self._lock = threading.Lock()
@@ -179,9 +178,18 @@ class SessionManager:
             except Exception:
                 # A bug must not leave requests waiting for ever: fail what runs, go on.
                 logger.exception("session thread: failing all fetches after an error")
-                self._consumer.close(time.monotonic())
+                self._fail_all()
                 time.sleep(_ERROR_PAUSE_S)
         self._shut_down()
+
+    def _fail_all(self) -> None:
+        now = time.monotonic()
+        try:
+            self._consumer.close(now)
+            self._poll_transports(now)
+            self._publish()
+        except Exception:
+            logger.exception("session thread: error while failing fetches")
 
     def _wait(self) -> None:
         """Sleep until a socket, a transport, a command or a deadline needs attention."""
@@ -213,11 +221,16 @@ class SessionManager:
         self._producer.expire(now)
         self._consumer.expire(now)
         # Last, because all of the above may have posted or failed transfers.
-        for transport in self._transports.values():
-            for outcome in transport.poll():
-                if not self._producer.end_transfer(outcome):
-                    self._consumer.end_transfer(outcome, now)
+        self._poll_transports(now)
         self._publish()
+
+    def _poll_transports(self, now: float) -> None:
+        """Take outcomes until there are none: one that failed may fail others of its peer."""
+        for transport in self._transports.values():
+            while outcomes := transport.poll():
+                for outcome in outcomes:
+                    if not self._producer.end_transfer(outcome):
+                        self._consumer.end_transfer(outcome, now)
 
     def _publish(self) -> None:
         freed, fetched = self._producer.take_freed(), self._consumer.take_results()
@@ -234,14 +247,9 @@ class SessionManager:
             self._consumer.close(now)
             for transport in self._transports.values():
                 transport.close()
-                for outcome in transport.poll():
-                    self._consumer.end_transfer(outcome, now)
+            self._poll_transports(now)
             self._publish()
         except Exception:
             logger.exception("session thread: error while closing")
         self._server.close()
         self._context.close()
-
-
-def _anywhere(_: str) -> bool:
-    return True

@@ -236,7 +236,7 @@ class Producer:
                 self._freed.append(request_id)
             self._refuse(identity, fetch, FetchFailure.TRANSPORT, str(exc))
             return
-        self._running[key] = _Running(identity, fetch.transfer_id, now + 2 * self._fetch_timeout_s)
+        self._running[key] = _Running(identity, fetch.transfer_id, now + self._fetch_timeout_s)
         self._server.send(identity, FetchReady(fetch_id=fetch.fetch_id))
 
     def _refuse(

@@ -20,6 +20,7 @@ class Posted:
 
     Attributes:
         is_busy: a thread touches the blocks; the outcome waits until it stopped.
+        is_copied: the copy is complete and waits for the other side's word.
     """
 
     peer_id: str
@@ -28,6 +29,7 @@ class Posted:
     block_ids: Sequence[int]
     num_bytes: int
     is_busy: bool = False
+    is_copied: bool = False
     is_over: bool = False
     error: TransferError | None = None
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import enum
+import errno
 import hmac
 import logging
 import os
@@ -248,6 +249,7 @@ class LinkPool:
         self._peers: dict[str, _Peer] = {}
         self._links: dict[int, tuple[Link, str | None, Direction]] = {}
         self._lost: list[LinkEvent] = []
+        self._spare_fd = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
         self._epoll = select.epoll()
         self._epoll.register(listener.fileno(), select.EPOLLIN)
 
@@ -374,6 +376,7 @@ class LinkPool:
         self._peers.clear()
         if not self._epoll.closed:
             self._epoll.close()
+            os.close(self._spare_fd)
         self._listener.close()
 
     def _serve(self, fd: int, events: int) -> Iterator[LinkEvent]:
@@ -393,7 +396,9 @@ class LinkPool:
                         yield LinkEvent(peer_id, direction, item)
         except (OSError, RemoteProtocolError) as exc:
             if peer_id is None:
-                logger.warning("%s: dropped a connection: %s", self._scheme, exc)
+                # A peer that only looks whether we are there closes at once.
+                level = logging.DEBUG if isinstance(exc, OSError) else logging.WARNING
+                logger.log(level, "%s: dropped a connection: %s", self._scheme, exc)
                 self._drop(link)
             elif self.link(peer_id, direction) is link:
                 self._lose(peer_id, direction, str(exc))
@@ -401,9 +406,10 @@ class LinkPool:
     def _accept(self) -> None:
         try:
             sock, _ = self._listener.accept()
-        except OSError as exc:  # e.g. out of descriptors, or the peer is gone already
-            logger.warning("%s: accept: %s", self._scheme, exc)
-            return
+        except OSError as exc:
+            if exc.errno in (errno.EMFILE, errno.ENFILE):
+                self._turn_away()
+            return  # or the peer is gone already
         try:
             self._check_peer(sock)
         except OSError as exc:
@@ -415,6 +421,17 @@ class LinkPool:
             self._drop(ungreeted[0])
         link = Link(sock, max_frame_len=MAX_GREETING_LEN)
         self._register(link, None, Direction.SENDING)
+
+    def _turn_away(self) -> None:
+        """Accept and close a connection although descriptors have run out.
+
+        Left alone, it would keep the listener readable and this thread busy.
+        """
+        logger.warning("%s: out of descriptors, turned a peer away", self._scheme)
+        os.close(self._spare_fd)
+        with contextlib.suppress(OSError):
+            self._listener.accept()[0].close()
+        self._spare_fd = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
 
     def _greet(self, link: Link, item: bytes | Mark) -> str:
         """Check the first frame of an accepted connection; return whose it is."""

@@ -279,7 +279,8 @@ class ShmTransport(Transport):
 
     def _end(self, event: LinkEvent, transfer_id: int) -> Posted:
         posted = self._ledger.find(event.peer_id, event.direction, transfer_id)
-        if posted is None or posted.is_busy:
+        is_early = event.direction is Direction.RECEIVING and posted and not posted.is_copied
+        if posted is None or is_early:
             raise RemoteProtocolError(f"end of transfer {transfer_id}, which is not under way")
         self._ledger.end(posted)
         return posted
@@ -328,6 +329,8 @@ class ShmTransport(Transport):
         source = self._sources.get(posted.peer_id)
         if source is None:
             raise RemoteProtocolError("blocks announced before the memory that holds them")
+        if posted.is_busy or posted.is_copied:
+            raise RemoteProtocolError(f"transfer {posted.transfer_id} announced twice")
         if len(ready.block_ids) != len(posted.block_ids):
             raise RemoteProtocolError(
                 f"{len(ready.block_ids)} blocks announced, not {len(posted.block_ids)}"
@@ -396,6 +399,7 @@ class ShmTransport(Transport):
             if posted.error is not None or problem is not None:
                 self._ledger.end(posted, TransferError(f"shm copy: {problem}"))
             else:
+                posted.is_copied = True
                 self._send(posted, _Copied(transfer_id=posted.transfer_id))
 
     # Both halves

@@ -7,6 +7,7 @@ that has not posted its half yet stops reading, and TCP holds the producer back.
 
 from __future__ import annotations
 
+import ipaddress
 import logging
 import socket
 from collections.abc import Sequence
@@ -64,7 +65,8 @@ class TcpTransport(Transport):
         except OSError as exc:
             listener.close()
             raise TransportUnavailableError(f"cannot listen on {options.host}: {exc}") from exc
-        self._address = f"{options.host}|{listener.getsockname()[1]}"
+        host, port = listener.getsockname()[:2]
+        self._address = f"{host}|{port}"
         self._links = LinkPool(self.name, listener, _connect)
         self._ledger = Ledger()
         self._regions: Sequence[KVRegion] = ()
@@ -86,6 +88,10 @@ class TcpTransport(Transport):
         return True
 
     def add_peer(self, peer_id: str, endpoint: bytes) -> None:  # noqa: D102
+        try:
+            _parse_address(self._links.parse_endpoint(endpoint).address)
+        except ValueError as exc:
+            raise RemoteProtocolError(f"endpoint of the tcp transport: {exc}") from exc
         self._links.add_peer(peer_id, endpoint)
 
     def remove_peer(self, peer_id: str) -> None:  # noqa: D102
@@ -216,19 +222,28 @@ class TcpTransport(Transport):
         return views
 
 
+def _parse_address(address: str) -> tuple[str, int, socket.AddressFamily]:
+    """Split ``HOST|PORT``; the host is an IP address, so that no name is looked up.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    host, _, port_text = address.rpartition("|")
+    version, port = ipaddress.ip_address(host).version, int(port_text)
+    if not 0 < port < 65536:
+        raise ValueError(f"{port} is not a port")
+    return host, port, socket.AF_INET6 if version == 6 else socket.AF_INET
+
+
 def _connect(endpoint: Endpoint) -> socket.socket:
-    host, _, port = endpoint.address.rpartition("|")
-    try:
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
-    except OSError as exc:
-        raise OSError(exc.errno, f"socket: {exc.strerror}") from exc
+    host, port, family = _parse_address(endpoint.address)
+    sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
     try:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        sock.connect((host, int(port)))
+        sock.connect((host, port))
     except BlockingIOError:
         pass  # in progress; the first write or a hang-up tells
-    except (OSError, ValueError) as exc:
+    except OSError as exc:
         sock.close()
-        raise OSError(f"connect to {host} port {port}: {exc}") from exc
+        raise OSError(exc.errno, f"connect to {host} port {port}: {exc.strerror}") from exc
     return sock

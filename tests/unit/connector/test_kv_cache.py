@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -51,30 +53,59 @@ def test_unequal_numbers_of_blocks_are_refused() -> None:
         to_layout(regions)
 
 
-def checkpoint(folder: Path, weights: bytes) -> str:
+CONFIG: dict[str, Any] = {"hidden_size": 64, "rope_theta": 10000.0, "_name_or_path": "here"}
+
+
+def checkpoint(folder: Path, tensors: list[bytes]) -> str:
+    """Write a safetensors file of byte tensors."""
     folder.mkdir()
-    (folder / "config.json").write_text("{}")
-    (folder / "model.safetensors").write_bytes(weights)
+    header, offset = {}, 0
+    for index, data in enumerate(tensors):
+        span = [offset, offset + len(data)]
+        header[f"t{index}"] = {"dtype": "U8", "shape": [len(data)], "data_offsets": span}
+        offset += len(data)
+    encoded = json.dumps(header).encode()
+    (folder / "model.safetensors").write_bytes(
+        len(encoded).to_bytes(8, "little") + encoded + b"".join(tensors)
+    )
     return str(folder)
 
 
 def test_checkpoint_is_the_same_wherever_it_lies(tmp_path: Path) -> None:
-    here = checkpoint(tmp_path / "here", bytes(1000))
-    there = checkpoint(tmp_path / "there", bytes(1000))
-    assert model_digest(here, None) == model_digest(there, None)
+    here = checkpoint(tmp_path / "here", [bytes(1000)])
+    there = checkpoint(tmp_path / "there", [bytes(1000)])
+    moved = {**CONFIG, "_name_or_path": "there"}
+    assert model_digest(here, None, CONFIG) == model_digest(there, None, moved)
 
 
-def test_other_weights_are_another_checkpoint(tmp_path: Path) -> None:
-    base = checkpoint(tmp_path / "base", bytes(1_000_000))
-    tuned = checkpoint(tmp_path / "tuned", bytes(999_000) + b"\x01" * 1000)
-    assert model_digest(base, None) != model_digest(tuned, None)
+def test_one_other_tensor_among_many_is_another_checkpoint(tmp_path: Path) -> None:
+    tensors = [bytes(50_000) for _ in range(40)]
+    base = checkpoint(tmp_path / "base", tensors)
+    tuned = checkpoint(tmp_path / "tuned", [*tensors[:17], b"\x01" * 50_000, *tensors[18:]])
+    assert model_digest(base, None, CONFIG) != model_digest(tuned, None, CONFIG)
 
 
-def test_checkpoint_without_weights_is_told_by_its_config(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text("{}")
-    assert model_digest(str(tmp_path), None) != str(tmp_path)
+def test_other_configuration_is_another_model(tmp_path: Path) -> None:
+    """Overrides change what is computed, though the weights are the same."""
+    folder = checkpoint(tmp_path / "base", [bytes(1000)])
+    other = {**CONFIG, "rope_theta": 1000000.0}
+    assert model_digest(folder, None, CONFIG) != model_digest(folder, None, other)
+
+
+@pytest.mark.parametrize("data", [b"", b"short", bytes(8) + b"x" * 5000, b"\xff" * 5000])
+def test_weights_of_unknown_format_are_sampled_evenly(tmp_path: Path, data: bytes) -> None:
+    digests = set()
+    for name, content in (("a", data), ("b", data), ("c", data + b"y")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.safetensors").write_bytes(content)
+        digests.add(model_digest(str(tmp_path / name), None, CONFIG))
+    assert len(digests) == 2
 
 
 def test_name_on_a_hub_is_told_by_name_and_revision() -> None:
-    assert model_digest("org/model", None) == "org/model@main"
-    assert model_digest("org/model", "abc") == "org/model@abc"
+    digests = {
+        model_digest("org/model", None, CONFIG),
+        model_digest("org/model", "abc", CONFIG),
+        model_digest("org/other", None, CONFIG),
+    }
+    assert len(digests) == 3

@@ -74,10 +74,12 @@ def scheduler(endpoint: FakeEndpoint) -> PDConnectorScheduler:
     return make_scheduler(endpoint)
 
 
-def make_scheduler(endpoint: FakeEndpoint, min_load_tokens: int = 1) -> PDConnectorScheduler:
+def make_scheduler(
+    endpoint: FakeEndpoint, min_load_tokens: int = 1, engine_id: str = "d0"
+) -> PDConnectorScheduler:
     config = ConnectorConfig(min_load_tokens=min_load_tokens)
     return PDConnectorScheduler(
-        config, engine_id="d0", block_size=BLOCK_SIZE, tp_size=1, endpoint=endpoint
+        config, engine_id=engine_id, block_size=BLOCK_SIZE, tp_size=1, endpoint=endpoint
     )
 
 
@@ -88,7 +90,7 @@ def make_scheduler(endpoint: FakeEndpoint, min_load_tokens: int = 1) -> PDConnec
         ({}, 0, (0, False)),
         (REMOTE, 0, (40, True)),  # the whole prompt is remote
         (REMOTE, 16, (24, True)),  # starts after the local prefix hit
-        (REMOTE, 32, (0, False)),  # 8 tokens are below min_load_tokens
+        (REMOTE, 32, (0, False)),  # 7 tokens saved are below min_load_tokens
         (REMOTE, 40, (0, False)),  # everything is cached here
         ({**REMOTE, "remote_port": "x"}, 0, (0, False)),  # unusable: recompute
         ({**REMOTE, "remote_num_tokens": 41}, 0, (0, False)),  # longer than this prompt
@@ -186,7 +188,7 @@ def test_finished_prefill_is_leased(
 
 def test_what_one_scheduler_answers_another_can_load(scheduler: PDConnectorScheduler) -> None:
     _, params = scheduler.request_finished(FakeRequest(KEEP), [7, 8, 9])
-    consumer = make_scheduler(FakeEndpoint())
+    consumer = make_scheduler(FakeEndpoint(), engine_id="d1")
     assert consumer.get_num_new_matched_tokens(FakeRequest(params), 0) == (40, True)
 
 
@@ -229,3 +231,46 @@ def test_releases_reach_the_worker_half_once(
     endpoint.to_take = ["t5"]
     assert scheduler.build_step_news().releases == ["t5"]
     assert scheduler.build_step_news().releases == []
+
+
+def test_request_id_of_any_length_is_leased_and_can_be_loaded(
+    scheduler: PDConnectorScheduler,
+) -> None:
+    """vLLM makes request ids of a client's header: a long one must not break the lease."""
+    request = FakeRequest({"do_remote_decode": True}, request_id="x" * 2000)
+    keep, params = scheduler.request_finished(request, [7, 8, 9])
+    assert keep
+    assert len(scheduler.build_step_news().grants) == 1
+    consumer = make_scheduler(FakeEndpoint(), engine_id="d1")
+    assert consumer.get_num_new_matched_tokens(FakeRequest(params), 0) == (40, True)
+
+
+def test_prefill_of_another_prompt_is_released_once(
+    scheduler: PDConnectorScheduler, endpoint: FakeEndpoint
+) -> None:
+    request = FakeRequest({**REMOTE, "remote_prompt_digest": "other"})
+    scheduler.get_num_new_matched_tokens(request, 0)
+    scheduler.update_state_after_alloc(request, [1, 2, 3], num_external_tokens=0)
+    scheduler.request_finished(request, [1, 2, 3])
+    assert endpoint.sent == [("127.0.0.1", 5600, "t1")]
+
+
+def test_prefill_of_this_very_engine_is_left_to_its_prefix_cache(
+    scheduler: PDConnectorScheduler, endpoint: FakeEndpoint
+) -> None:
+    request = FakeRequest({**REMOTE, "remote_engine_id": "d0"})
+    assert scheduler.get_num_new_matched_tokens(request, 0) == (0, False)
+    assert endpoint.sent == [("127.0.0.1", 5600, "t1")]
+
+
+def test_transfer_that_would_bring_only_the_last_token_is_not_made(
+    scheduler: PDConnectorScheduler,
+) -> None:
+    """vLLM computes the last prompt token in any case."""
+    one = [5]
+    request = FakeRequest(
+        {**REMOTE, "remote_num_tokens": 1, "remote_prompt_digest": prompt_digest(one)},
+        num_prompt_tokens=1,
+        prompt_token_ids=one,
+    )
+    assert scheduler.get_num_new_matched_tokens(request, 0) == (0, False)

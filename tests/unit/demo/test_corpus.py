@@ -188,3 +188,7 @@ def test_pages_of_a_repository_are_read_in_order(tmp_path: Path) -> None:
 def test_tasks_are_asked_for_as_tasks() -> None:
     assert "How do I stop the service?" in phrasings("Stop the service")
     assert "What is lease_s?" in phrasings("lease_s")
+
+
+def test_a_heading_that_is_a_question_is_asked_as_it_is() -> None:
+    assert phrasings("Does it work on NPUs?") == ("Does it work on NPUs?", "Does it work on NPUs")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import secrets
 import time
 from collections.abc import Callable, Iterator
@@ -16,6 +17,7 @@ from vllm_pd.errors import (
     IncompatiblePeerError,
     LeaseExpiredError,
     PeerLostError,
+    TransferError,
     TransferTimeoutError,
 )
 from vllm_pd.protocol.messages import Fingerprint, KVLayout, WorkerAddress
@@ -24,7 +26,7 @@ from vllm_pd.session.instance import InstanceEndpoint
 from vllm_pd.session.keys import write_cluster_key
 from vllm_pd.session.manager import LocalWorker, Results, SessionManager
 from vllm_pd.session.producer import Grant
-from vllm_pd.transport.base import Transport, TransportOptions
+from vllm_pd.transport.base import TransferOutcome, Transport, TransportOptions
 from vllm_pd.transport.shm import ShmTransport
 from vllm_pd.transport.tcp import TcpTransport
 
@@ -303,3 +305,57 @@ def test_closing_fails_what_waits(pair: tuple[Engine, Engine]) -> None:
     assert consumer.wait_fetched().error is not None
     consumer.manager.fetch(fetch_request(producer, "t9"))
     assert consumer.wait_fetched().error is not None
+
+
+def test_malformed_host_fails_its_own_fetch_only(pair: tuple[Engine, Engine]) -> None:
+    producer, consumer = pair
+    consumer.manager.fetch(fetch_request(producer))  # parked
+    bad = fetch_request(producer, "bad", remote_engine_id="x", remote_host="127.0.0.1 x")
+    consumer.manager.fetch(bad)
+    result = consumer.wait_fetched()
+    assert result.request_id == "decode-bad"
+    assert result.error is not None
+    producer.manager.grant(GRANT)
+    assert consumer.wait_fetched().error is None
+
+
+def test_failed_fetch_gives_the_producers_blocks_back() -> None:
+    producer = make_engine()
+    consumer = make_engine(fingerprint=msgspec_replace(FINGERPRINT, "model", "other"))
+    consumer.manager.fetch(fetch_request(producer))
+    assert isinstance(consumer.wait_fetched().error, IncompatiblePeerError)
+    deadline = time.monotonic() + 5
+    while not (released := producer.endpoint.take_releases()):
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+    assert released == ["t1"]
+    producer.close()
+    consumer.close()
+
+
+class FailingOnce(ShmTransport):
+    """Reports the first transfer as failed by itself, the link being fine."""
+
+    has_failed = False
+
+    def poll(self) -> list[TransferOutcome]:
+        outcomes = super().poll()
+        if outcomes and not self.has_failed:
+            self.has_failed = True
+            outcomes[0] = dataclasses.replace(outcomes[0], error=TransferError("injected"))
+        return outcomes
+
+
+def test_one_failed_transfer_leaves_no_other_of_its_peer_without_an_end() -> None:
+    producer, consumer = make_engine(), make_engine(kind=FailingOnce)
+    for name in ("t1", "t2", "t3"):
+        producer.manager.grant(Grant(name, f"prefill-{name}", (1, 2)))
+        consumer.manager.fetch(fetch_request(producer, name))
+    results = consumer.wait(lambda r: len(r.fetched) == 3)
+    assert any(result.error is not None for result in results.fetched)
+    # The session is rebuilt for the next one.
+    producer.manager.grant(Grant("t4", "prefill-t4", (1, 2)))
+    consumer.manager.fetch(fetch_request(producer, "t4"))
+    assert consumer.wait_fetched().error is None
+    producer.close()
+    consumer.close()
