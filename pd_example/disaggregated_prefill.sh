@@ -14,7 +14,4 @@ source "$here/setup_env.sh"
 
 setup_env
 "${VLLM_PD[@]}" up "$@"
-for argument in "$@"; do
-  if [[ $argument == -h || $argument == --help ]]; then exit; fi
-done
-echo "       (the same: bash $here/kill_server.sh)"
+if (($# == 0)); then echo "       (the same: bash $here/kill_server.sh)"; fi
