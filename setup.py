@@ -1,3 +1,5 @@
+"""For tools that still want a setup.py; everything is in pyproject.toml."""
+
 from setuptools import setup
 
 setup()
