@@ -67,7 +67,7 @@ def test_topology_file(tmp_path: Path) -> None:
     [
         ("decode: {count: 0}", "at least 1"),
         ("decode: {cuont: 2}", "cuont"),
-        ("modell: x", "modell"),
+        ("modelx: x", "modelx"),
         ("- a list", "mapping"),
         ("a: [1", "not YAML"),
         ("router: {port: x}", "port"),
