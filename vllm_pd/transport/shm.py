@@ -33,24 +33,12 @@ from pathlib import Path
 
 import msgspec
 
-from vllm_pd.errors import (
-    LocalProtocolError,
-    PeerLostError,
-    RemoteProtocolError,
-    TransferError,
-    TransportUnavailableError,
-)
+from vllm_pd.errors import RemoteProtocolError, TransferError, TransportUnavailableError
 from vllm_pd.transport import memory
-from vllm_pd.transport.base import (
-    KVRegion,
-    TransferOutcome,
-    Transport,
-    TransportOptions,
-    check_block_ids,
-    merge_runs,
-)
-from vllm_pd.transport.ledger import Ledger, Posted
-from vllm_pd.transport.links import Direction, Endpoint, LinkEvent, LinkPool, Mark
+from vllm_pd.transport.base import KVRegion, TransferOutcome, TransportOptions, merge_runs
+from vllm_pd.transport.host import HostTransport
+from vllm_pd.transport.ledger import Posted
+from vllm_pd.transport.links import Direction, Endpoint, LinkPool
 from vllm_pd.transport.threads import name_this_thread
 
 logger = logging.getLogger(__name__)
@@ -124,7 +112,7 @@ class _CopyJob:
     cancelled: threading.Event = field(default_factory=threading.Event)
 
 
-class ShmTransport(Transport):
+class ShmTransport(HostTransport):
     """See the module and ``Transport``."""
 
     name = "shm"
@@ -138,11 +126,9 @@ class ShmTransport(Transport):
             listener.listen(64)
         except OSError as exc:
             raise TransportUnavailableError(f"abstract Unix sockets: {exc}") from exc
-        self._links = LinkPool(
-            self.name, listener, _connect, check_peer=_check_same_user, takes_fds=True
+        super().__init__(
+            LinkPool(self.name, listener, _connect, check_peer=_check_same_user, takes_fds=True)
         )
-        self._ledger = Ledger()
-        self._regions: Sequence[KVRegion] = ()
         self._spans: list[memory.SharedSpan] = []
         self._outside: dict[tuple[int, int], list[tuple[int, int]]] = {}
         self._sources: dict[str, _Source] = {}
@@ -157,11 +143,7 @@ class ShmTransport(Transport):
         self._is_closed = False
 
     def register_regions(self, regions: Sequence[KVRegion]) -> None:  # noqa: D102
-        if devices := {region.device for region in regions} - {"cpu"}:
-            raise TransportUnavailableError(
-                f"the shm transport shares host memory, not {', '.join(sorted(devices))} memory"
-            )
-        self._regions = tuple(regions)
+        super().register_regions(regions)
         spans = memory.join_spans((r.addr, r.num_blocks * r.block_len) for r in regions)
         for addr, num_bytes in (memory.page_interior(*span) for span in spans):
             if num_bytes:
@@ -182,49 +164,16 @@ class ShmTransport(Transport):
             return False
         return True
 
-    def add_peer(self, peer_id: str, endpoint: bytes) -> None:  # noqa: D102
-        self._links.add_peer(peer_id, endpoint)
-
-    def remove_peer(self, peer_id: str) -> None:  # noqa: D102
-        self._links.remove_peer(peer_id)
-        self._fail(peer_id, f"peer {peer_id} was removed")
-
-    def send_blocks(  # noqa: D102
-        self, peer_id: str, transfer_id: int, block_ids: Sequence[int]
-    ) -> None:
-        posted = self._post(peer_id, Direction.SENDING, transfer_id, block_ids)
-        if self._links.link(peer_id, Direction.SENDING):
-            self._send_ready(posted)
-
-    def recv_blocks(  # noqa: D102
-        self, peer_id: str, transfer_id: int, block_ids: Sequence[int]
-    ) -> None:
-        posted = self._post(peer_id, Direction.RECEIVING, transfer_id, block_ids)
-        self._links.open_link(peer_id)
-        if ready := self._ready.pop((peer_id, transfer_id), None):
-            try:
-                self._start_copy(posted, ready)
-            except RemoteProtocolError as exc:
-                self._lose(peer_id, Direction.RECEIVING, str(exc))
-
-    def fileno(self) -> int:  # noqa: D102
-        return self._links.fileno()
-
     def poll(self) -> list[TransferOutcome]:  # noqa: D102
-        for event in self._links.poll():
-            try:
-                self._handle(event)
-            except (RemoteProtocolError, msgspec.DecodeError, OSError) as exc:
-                self._lose(event.peer_id, event.direction, str(exc))
+        outcomes = super().poll()
         self._collect_copies()
-        return self._ledger.drain()
+        return outcomes + self._ledger.drain()
 
     def close(self) -> None:  # noqa: D102
         if self._is_closed:
             return
         self._is_closed = True
-        self._links.close()
-        self._ledger.fail_all(PeerLostError("the transport was closed"))
+        super().close()
         for job in self._jobs:
             job.cancelled.set()
         self._copiers.shutdown(wait=True)
@@ -235,51 +184,25 @@ class ShmTransport(Transport):
             os.close(span.fd)
         os.close(self._wake)
 
-    def _post(
-        self, peer_id: str, direction: Direction, transfer_id: int, block_ids: Sequence[int]
-    ) -> Posted:
-        if not self._links.has_peer(peer_id):
-            raise LocalProtocolError(f"unknown peer {peer_id}")
-        check_block_ids(self._regions, block_ids)
-        num_bytes = len(block_ids) * sum(region.block_len for region in self._regions)
-        posted = Posted(peer_id, direction, transfer_id, tuple(block_ids), num_bytes)
-        self._ledger.post(posted)
-        return posted
-
-    def _handle(self, event: LinkEvent) -> None:
-        match event.item:
-            case Mark.UP:
-                self._send_memory(event.peer_id)
-                for posted in self._ledger.posted(event.peer_id, Direction.SENDING):
-                    self._send_ready(posted)
-            case Mark.LOST:
-                self._fail(event.peer_id, event.reason, event.direction)
-            case Mark.PAYLOAD_END:
-                raise RemoteProtocolError("payload on a shm link")
-            case bytes() as frame:
-                self._handle_frame(event, _decoder.decode(frame))
-
-    def _handle_frame(self, event: LinkEvent, frame: _AnyFrame) -> None:
-        match frame, event.direction:
-            case _Memory(), Direction.RECEIVING:
-                self._map_source(event.peer_id, frame)
-            case _Ready(), Direction.RECEIVING:
-                key = event.peer_id, frame.transfer_id
-                if posted := self._ledger.find(event.peer_id, event.direction, frame.transfer_id):
-                    self._start_copy(posted, frame)
-                else:
-                    self._ready[key] = frame
-            case _Confirmed(), Direction.RECEIVING:
-                self._end(event, frame.transfer_id)
-            case _Copied(), Direction.SENDING:
-                posted = self._end(event, frame.transfer_id)
+    def _handle_frame(self, peer_id: str, direction: Direction, frame: bytes) -> None:
+        match _decoder.decode(frame), direction:
+            case _Memory() as announced, Direction.RECEIVING:
+                self._map_source(peer_id, announced)
+            case _Ready() as ready, Direction.RECEIVING:
+                self._ready[peer_id, ready.transfer_id] = ready
+                if posted := self._ledger.find(peer_id, direction, ready.transfer_id):
+                    self._start_receiving(posted)
+            case _Confirmed() as confirmed, Direction.RECEIVING:
+                self._end(peer_id, direction, confirmed.transfer_id)
+            case _Copied() as copied, Direction.SENDING:
+                posted = self._end(peer_id, direction, copied.transfer_id)
                 self._send(posted, _Confirmed(transfer_id=posted.transfer_id))
-            case _:
-                raise RemoteProtocolError(f"{type(frame).__name__} on a {event.direction} link")
+            case other, _:
+                raise RemoteProtocolError(f"{type(other).__name__} on a {direction} link")
 
-    def _end(self, event: LinkEvent, transfer_id: int) -> Posted:
-        posted = self._ledger.find(event.peer_id, event.direction, transfer_id)
-        is_early = event.direction is Direction.RECEIVING and posted and not posted.is_copied
+    def _end(self, peer_id: str, direction: Direction, transfer_id: int) -> Posted:
+        posted = self._ledger.find(peer_id, direction, transfer_id)
+        is_early = direction is Direction.RECEIVING and posted and not posted.is_copied
         if posted is None or is_early:
             raise RemoteProtocolError(f"end of transfer {transfer_id}, which is not under way")
         self._ledger.end(posted)
@@ -287,7 +210,7 @@ class ShmTransport(Transport):
 
     # Producer's half
 
-    def _send_memory(self, peer_id: str) -> None:
+    def _handle_link_up(self, peer_id: str) -> None:
         frame = _Memory(
             spans=tuple((span.addr, span.num_bytes) for span in self._spans),
             regions=tuple(_RegionInfo(r.addr, r.num_blocks, r.block_len) for r in self._regions),
@@ -295,7 +218,7 @@ class ShmTransport(Transport):
         fds = [span.fd for span in self._spans]
         self._links.send(peer_id, Direction.SENDING, msgspec.msgpack.encode(frame), fds=fds)
 
-    def _send_ready(self, posted: Posted) -> None:
+    def _start_sending(self, posted: Posted) -> None:
         inline = []
         for index in range(len(self._regions)):
             for block_id in posted.block_ids:
@@ -325,7 +248,10 @@ class ShmTransport(Transport):
         finally:
             link.close_received_fds()
 
-    def _start_copy(self, posted: Posted, ready: _Ready) -> None:
+    def _start_receiving(self, posted: Posted) -> None:
+        ready = self._ready.pop((posted.peer_id, posted.transfer_id), None)
+        if ready is None:
+            return
         source = self._sources.get(posted.peer_id)
         if source is None:
             raise RemoteProtocolError("blocks announced before the memory that holds them")
@@ -402,19 +328,7 @@ class ShmTransport(Transport):
                 posted.is_copied = True
                 self._send(posted, _Copied(transfer_id=posted.transfer_id))
 
-    # Both halves
-
-    def _send(self, posted: Posted, frame: _AnyFrame) -> None:
-        self._links.send(posted.peer_id, posted.direction, msgspec.msgpack.encode(frame))
-
-    def _lose(self, peer_id: str, direction: Direction, reason: str) -> None:
-        self._links.drop_link(peer_id, direction)
-        self._fail(peer_id, reason, direction)
-
-    def _fail(self, peer_id: str, reason: str, direction: Direction | None = None) -> None:
-        self._ledger.fail_peer(peer_id, PeerLostError(f"shm: {reason}"), direction)
-        if direction is Direction.SENDING:
-            return
+    def _forget(self, peer_id: str) -> None:
         for job in self._jobs:
             if job.posted.peer_id == peer_id:
                 job.cancelled.set()
