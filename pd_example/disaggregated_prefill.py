@@ -9,6 +9,7 @@ MODEL is a checkpoint folder or a Hugging Face name; default: the demo model.
 
 from __future__ import annotations
 
+import argparse
 import json
 import multiprocessing
 import os
@@ -137,11 +138,13 @@ def main() -> int:
     """Run both processes to their end; non-zero if one failed."""
     from vllm_pd.errors import PDError
 
+    parser = argparse.ArgumentParser(description="Hand KV cache over without servers.")
+    parser.add_argument("model", nargs="?", help="checkpoint folder or Hugging Face name")
+    model: str | None = parser.parse_args().model
     context = multiprocessing.get_context("spawn")
     handed, done = context.Queue(), context.Event()
     with tempfile.TemporaryDirectory() as folder:
         try:
-            model = sys.argv[1] if len(sys.argv) > 1 else None
             path, instances = plan_two_instances(model, Path(folder))
         except PDError as exc:
             print(f"error: {exc}", file=sys.stderr)

@@ -8,10 +8,11 @@
 # variables are those of "vllm-pd up": add --help to see them.
 set -euo pipefail
 
+unset CDPATH
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 # shellcheck source=pd_example/setup_env.sh
 source "$here/setup_env.sh"
 
 setup_env
 "${VLLM_PD[@]}" up "$@"
-if (($# == 0)); then echo "       (the same: bash $here/kill_server.sh)"; fi
+if (($# == 0)); then echo "       (the same: bash $(printf %q "$here/kill_server.sh"))"; fi

@@ -4,6 +4,7 @@
 #   bash pd_example/kill_server.sh
 set -euo pipefail
 
+unset CDPATH
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 # shellcheck source=pd_example/setup_env.sh
 source "$here/setup_env.sh"

@@ -14,6 +14,7 @@
 # On Ascend NPUs there is no virtual environment: the engine is the image's, and
 # nothing of it is reinstalled.
 
+unset CDPATH
 PD_REPO=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 PD_VENV=${VENV:-$PD_REPO/.venv}
 PD_TORCH_CPU_INDEX=https://download.pytorch.org/whl/cpu
@@ -134,6 +135,18 @@ pd_is_done() {
   [[ -x $PD_PYTHON && -f $PD_VENV/.stamp-$1 && $(<"$PD_VENV/.stamp-$1") == "$2" ]]
 }
 
+# One set-up at a time, on the repository folder itself.
+pd_lock() {
+  exec {PD_LOCK_FD}<"$PD_REPO"
+  flock --nonblock "$PD_LOCK_FD" && return
+  echo "waiting for another set-up to end"
+  flock "$PD_LOCK_FD"
+}
+
+pd_unlock() {
+  exec {PD_LOCK_FD}<&-
+}
+
 pd_setup_venv() {
   local device=$1 python wanted
   [[ -f $PD_REPO/requirements/$device.txt ]] ||
@@ -142,11 +155,19 @@ pd_setup_venv() {
   PD_LOG=$PD_VENV/setup.log
   wanted=$(pd_wanted "requirements/$device.txt")
   pd_is_done engine "$wanted" && return
+  pd_lock
+  pd_is_done engine "$wanted" && { pd_unlock; return; } # another one has just done it
   python=$(pd_find_python)
   echo "first start for device $device: setting up $PD_VENV (a few minutes, once)"
+  # The engines of two devices have files of the same names: never mix them.
+  if [[ -f $PD_VENV/.stamp-device && $(<"$PD_VENV/.stamp-device") != "$device" ]]; then
+    echo "  it was made for device $(<"$PD_VENV/.stamp-device"): starting afresh"
+    rm -rf "$PD_VENV/lib" "$PD_VENV/bin"
+  fi
   mkdir -p "$PD_VENV"
+  echo "$device" >"$PD_VENV/.stamp-device"
   : >"$PD_LOG"
-  rm -f "$PD_VENV"/.stamp-*
+  rm -f "$PD_VENV/.stamp-engine" "$PD_VENV/.stamp-test"
   pd_step "making the virtual environment with $("$python" --version)" \
     "$python" -m venv "$PD_VENV" || pd_step_failed "the virtual environment could not be made"
   pd_step "installing PyTorch" pd_install_torch "$device" ||
@@ -161,16 +182,19 @@ pd_setup_venv() {
   pd_step "installing vllm-pd" pd_install_project ||
     pd_step_failed "vllm-pd could not be installed"
   echo "$wanted" >"$PD_VENV/.stamp-engine"
+  pd_unlock
 }
 
 pd_setup_test_tools() {
   local wanted
   wanted=$(pd_wanted requirements/test.txt)
   pd_is_done test "$wanted" && return
+  pd_lock
   pd_step "installing the test tools" \
     pd_pip --no-deps --requirement "$PD_REPO/requirements/test.txt" ||
     pd_step_failed "the test tools could not be installed"
   echo "$wanted" >"$PD_VENV/.stamp-test"
+  pd_unlock
 }
 
 # The image's Python has the engine; add this project, and what it imports if it is missing.

@@ -4,7 +4,7 @@
 #   bash pd_example/test_pd_online.sh
 #   ROUTER_URL=http://10.0.0.1:8000 bash pd_example/test_pd_online.sh
 #
-# Exits with 1 if one of them fails.
+# Where the instances ask for a key, set VLLM_API_KEY. Exits with 1 if one fails.
 set -euo pipefail
 
 url=${ROUTER_URL:-http://127.0.0.1:${PORT:-8000}}
@@ -22,6 +22,9 @@ fail() {
 request() {
   local path=$1 status
   shift
+  if [[ -n ${VLLM_API_KEY:-} ]]; then
+    set -- "$@" --header "Authorization: Bearer $VLLM_API_KEY"
+  fi
   status=$(curl --silent --show-error --no-buffer --noproxy '*' --max-time 120 \
     --output "$answer" --write-out '%{http_code}' "$url$path" "$@") ||
     fail "no answer from $url$path; is it up? (vllm-pd status)"

@@ -5,6 +5,7 @@
 #   bash tests/run.sh --fast        without the engine tests
 #   bash tests/run.sh -- -k tcp     further arguments go to pytest
 set -euo pipefail
+unset CDPATH
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 fast=()

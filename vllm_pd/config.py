@@ -9,6 +9,9 @@ from __future__ import annotations
 
 import enum
 import ipaddress
+import math
+import re
+import typing
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -31,6 +34,13 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
+
+
+def _check_positive(options: msgspec.Struct, *names: str) -> None:
+    for name in names:
+        value = getattr(options, name)
+        if not 0 < value < math.inf:  # false for nan, too
+            raise ValueError(f"{name} must be positive, not {value}")
 
 
 class Role(enum.Enum):
@@ -71,11 +81,14 @@ class ConnectorConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     num_copy_threads: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("lease_s", "handshake_timeout_s", "transfer_timeout_s"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} must be positive, not {getattr(self, name)}")
-        if self.min_load_tokens < 1:
-            raise ValueError(f"min_load_tokens must be at least 1, not {self.min_load_tokens}")
+        _check_positive(
+            self,
+            "lease_s",
+            "handshake_timeout_s",
+            "transfer_timeout_s",
+            "min_load_tokens",
+            "num_copy_threads",
+        )
         if not 0 <= self.side_channel_port <= 65535:
             raise ValueError(f"side_channel_port {self.side_channel_port} is not a port")
         if self.side_channel_host in {"", "*", "0.0.0.0", "::"}:
@@ -83,8 +96,6 @@ class ConnectorConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
                 f"side_channel_host {self.side_channel_host!r} is not an address that peers can "
                 "connect to: name the one that other hosts reach this host by"
             )
-        if self.num_copy_threads < 1:
-            raise ValueError(f"num_copy_threads must be at least 1, not {self.num_copy_threads}")
         if not self.is_loopback and self.cluster_key_file is None:
             raise ValueError(
                 f"side_channel_host {self.side_channel_host} is reachable from other hosts: "
@@ -136,9 +147,16 @@ class RouterConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         for url in (*self.prefill_urls, *self.decode_urls):
             if not url.startswith(("http://", "https://")):
                 raise ValueError(f"instance address {url!r} does not start with http://")
-        for name in ("connect_timeout_s", "prefill_timeout_s", "decode_idle_timeout_s"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} must be positive, not {getattr(self, name)}")
+        _check_positive(
+            self,
+            "connect_timeout_s",
+            "prefill_timeout_s",
+            "decode_idle_timeout_s",
+            "health_interval_s",
+            "max_body_len",
+        )
+        if not 1 <= self.port <= 65535:
+            raise ValueError(f"{self.port} is not a port")
 
 
 class InstanceGroup(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -163,6 +181,8 @@ class InstanceGroup(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     def __post_init__(self) -> None:
         if self.count < 1 or self.tp < 1:
             raise ValueError(f"{self.count}x{self.tp}: instances and TP size must be at least 1")
+        if self.devices is not None and len(set(self.devices)) != max(len(self.devices), 1):
+            raise ValueError(f"devices {list(self.devices)}: name each once, and at least one")
 
 
 class Topology(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -205,6 +225,15 @@ class Topology(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     max_restarts: int = 5
     drain_timeout_s: float = 15.0
 
+    def __post_init__(self) -> None:
+        _check_positive(self, "start_timeout_s", "drain_timeout_s")
+        if self.max_restarts < 0:
+            raise ValueError(f"max_restarts must not be negative, not {self.max_restarts}")
+        if self.kv_cache_space_gib is not None:
+            _check_positive(self, "kv_cache_space_gib")
+        if not self.host:
+            raise ValueError("host is empty")
+
 
 def from_mapping(kind: type[T], values: Mapping[str, Any], *, source: str) -> T:
     """Check and convert plain data into one of the structs above.
@@ -220,9 +249,21 @@ def from_mapping(kind: type[T], values: Mapping[str, Any], *, source: str) -> T:
     try:
         return msgspec.convert(dict(values), kind, strict=False)
     except msgspec.ValidationError as exc:
-        known = ", ".join(kind.__struct_fields__)
-        hint = f"known keys: {known}" if "unknown field" in str(exc) else None
+        hint = None
+        if "unknown field" in str(exc):
+            hint = f"known keys: {', '.join(_struct_at(kind, str(exc)).__struct_fields__)}"
         raise ConfigError(f"{source}: {exc}", hint=hint) from exc
+
+
+def _struct_at(kind: type[msgspec.Struct], message: str) -> type[msgspec.Struct]:
+    """Return the struct that an error message of msgspec speaks of, e.g. "at `$.router`"."""
+    if not (found := re.search(r"at `\$\.(\w+)", message)):
+        return kind
+    hint = typing.get_type_hints(kind).get(found[1])
+    for part in (hint, *typing.get_args(hint)):
+        if isinstance(part, type) and issubclass(part, msgspec.Struct):
+            return part
+    return kind
 
 
 def load_topology(path: Path) -> Topology:

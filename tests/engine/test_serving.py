@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import re
 import signal
 import time
 from collections.abc import Iterator
@@ -224,7 +225,7 @@ async def kill_under_load(
         try:
             answer = await ask(session, deployment.router, case)
         except AssertionError as exc:
-            kind = "clean" if "'code': 50" in str(exc) else "wrong"
+            kind = "clean" if re.search(r"""['"]code['"]: ?50\d""", str(exc)) else "wrong"
             outcomes[kind].append(str(exc) if kind == "wrong" else time.monotonic() - killed_at)
             return
         if killed.is_set():

@@ -89,3 +89,43 @@ def test_missing_topology_file_is_named(tmp_path: Path) -> None:
 
 def test_topology_has_defaults_for_everything() -> None:
     assert Topology().model is None
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("connector: {lease: 3}", "known keys: transport, .*lease_s"),
+        ("router: {prot: 3}", "known keys: host, port"),
+        ("prefill: {cuont: 3}", "known keys: count, tp"),
+    ],
+)
+def test_unknown_nested_key_comes_with_the_keys_of_its_place(
+    tmp_path: Path, text: str, message: str
+) -> None:
+    path = tmp_path / "topology.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        load_topology(path)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "max_restarts: -1",
+        "start_timeout_s: 0",
+        "drain_timeout_s: .nan",
+        "kv_cache_space_gib: -3",
+        'host: ""',
+        "prefill: {devices: [0, 0]}",
+        "prefill: {devices: []}",
+        "connector: {lease_s: .nan}",
+        "router: {health_interval_s: 0}",
+        "router: {port: 99999}",
+        "router: {max_body_len: -5}",
+    ],
+)
+def test_numbers_that_make_no_sense_are_refused(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "topology.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError):
+        load_topology(path)

@@ -150,8 +150,8 @@ def down(run_dir: RunDir, console: Console, *, force: bool) -> None:
     Args:
         run_dir: the deployment.
         console: where to say what happens.
-        force: with a state file that cannot be read, stop the processes that
-            write to this deployment's logs, and remove the file.
+        force: with a state file that is missing or cannot be read, stop the
+            processes that write to this deployment's logs, and remove the file.
 
     Raises:
         LaunchError: the state file is corrupt, or a process cannot be stopped.
@@ -165,6 +165,15 @@ def down(run_dir: RunDir, console: Console, *, force: bool) -> None:
         stopped = stop_by_logs(run_dir, _FORCE_TIMEOUT_S)
         say(f"stopped {', '.join(stopped)}" if stopped else "no process of it was found")
         run_dir.state_path.unlink(missing_ok=True)
+        return
+    if state is None and run_dir.is_locked():
+        if not force:
+            raise LaunchError(
+                f"a start is under way in {run_dir.path}, or its state file is gone",
+                hint=f"try again in a moment, or {run_dir.command('down')} --force",
+            )
+        stopped = stop_by_logs(run_dir, _FORCE_TIMEOUT_S)
+        say(f"stopped {', '.join(stopped)}" if stopped else "no process of it was found")
         return
     if state is None:
         say("nothing is running")

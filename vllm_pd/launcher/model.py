@@ -9,7 +9,7 @@ from vllm_pd.errors import ConfigError
 
 DEMO_MODEL_NAME = "demo-model"
 
-_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_HUB_NAME = re.compile(r"\w[\w.-]{0,95}(/\w[\w.-]{0,95})?")
 
 
 def is_folder_name(model: str) -> bool:
@@ -17,12 +17,12 @@ def is_folder_name(model: str) -> bool:
 
     ``org/name`` is a Hugging Face name unless there is such a folder.
     """
-    return (
-        model.startswith((".", "/", "~"))
-        or model.count("/") > 1
-        or model.endswith("/")
-        or Path(model).exists()
-    )
+    if model.startswith((".", "/", "~")) or model.count("/") > 1 or model.endswith("/"):
+        return True
+    try:
+        return Path(model).exists()
+    except OSError:  # too long for a file name
+        return False
 
 
 def check_model(model: str) -> str:
@@ -38,8 +38,12 @@ def check_model(model: str) -> str:
         if not _HUB_NAME.fullmatch(model):
             raise ConfigError(f"model {model!r} is neither a folder nor a Hugging Face name")
         return model
-    folder = Path(model).expanduser()
-    if not folder.exists():
+    try:
+        folder = Path(model).expanduser()
+        exists = folder.exists()
+    except (OSError, RuntimeError) as exc:  # too long, or no such user's home
+        raise ConfigError(f"model folder {model}: {exc}") from exc
+    if not exists:
         raise ConfigError(f"model folder {folder} does not exist")
     if not folder.is_dir():
         raise ConfigError(f"model {folder} is not a folder")

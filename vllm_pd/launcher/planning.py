@@ -8,6 +8,7 @@ is ``--kv-transfer-config``. Roles are labels of the router: every instance is
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -149,7 +150,7 @@ def _check_group_ports(groups: Mapping[Role, InstanceGroup]) -> None:
 def _check_args(args: Sequence[str]) -> None:
     """Refuse ``vllm serve`` options that would contradict the launcher's own."""
     for arg in args:
-        if instead := _MANAGED.get(arg.partition("=")[0].replace("_", "-")):
+        if instead := _MANAGED.get(re.split("[=.]", arg, maxsplit=1)[0].replace("_", "-")):
             raise ConfigError(f"{arg} is set by the launcher", hint=f"use {instead}")
 
 
@@ -161,6 +162,12 @@ def uses_hccl_connector(topology: Topology, device: str) -> bool:
 def _kv_transfer_config(topology: Topology, device: str, cluster_key_file: Path) -> str:
     """Return the value of ``--kv-transfer-config``."""
     connector = topology.connector
+    if connector.side_channel_port:
+        raise ConfigError(
+            f"connector.side_channel_port {connector.side_channel_port} would be wanted by every "
+            "instance",
+            hint="leave it out: each instance picks a free port and tells its peers",
+        )
     extra = non_default(connector)
     extra.setdefault("cluster_key_file", str(cluster_key_file))
     return json.dumps(

@@ -29,7 +29,10 @@ class RunDir:
     """
 
     def __init__(self, path: Path) -> None:
-        self.path = path.expanduser().resolve()  # as the kernel names open files
+        try:
+            self.path = path.expanduser().resolve()  # as the kernel names open files
+        except (OSError, RuntimeError) as exc:
+            raise ConfigError(f"run folder {path}: {exc}") from exc
         self.state_path = self.path / "state.json"
         self.lock_path = self.path / "lock"
         self.key_path = self.path / "cluster.key"
@@ -64,7 +67,10 @@ class RunDir:
         Raises:
             LaunchError: somebody else holds it.
         """
-        descriptor = os.open(self.lock_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            descriptor = os.open(self.lock_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except OSError as exc:
+            raise ConfigError(f"cannot open {self.lock_path}: {exc.strerror}") from exc
         try:
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -77,6 +83,16 @@ class RunDir:
             yield descriptor
         finally:
             os.close(descriptor)
+
+    def is_locked(self) -> bool:
+        """Return whether something is up here, or on its way up."""
+        if not self.lock_path.exists():
+            return False
+        try:
+            with self.locked():
+                return False
+        except LaunchError:
+            return True
 
     def command(self, name: str) -> str:
         """Return the command line of another ``vllm-pd`` command for this folder."""

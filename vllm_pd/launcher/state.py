@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import tempfile
 from pathlib import Path
 
@@ -65,7 +66,8 @@ def load_state(path: Path) -> State | None:
     Raises:
         LaunchError: the file cannot be read, or is not what ``save_state`` writes.
     """
-    hint = f"vllm-pd down --force --run-dir {path.parent} stops what it can prove to be its own"
+    folder = shlex.quote(str(path.parent))
+    hint = f"vllm-pd down --force --run-dir {folder} stops what it can prove to be its own"
     try:
         state = msgspec.json.decode(path.read_bytes(), type=State)
     except FileNotFoundError:

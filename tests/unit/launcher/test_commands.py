@@ -144,6 +144,12 @@ def test_forced_down_removes_a_corrupt_state_file(
     assert "no process of it was found" in out.getvalue()
 
 
+def test_down_during_a_start_says_so(run_dir: RunDir, console: Console) -> None:
+    run_dir.make()
+    with run_dir.locked(), pytest.raises(LaunchError, match="a start is under way"):
+        commands.down(run_dir, console, force=False)
+
+
 def test_down_without_a_deployment_is_harmless(
     run_dir: RunDir, console: Console, out: io.StringIO
 ) -> None:

@@ -111,6 +111,11 @@ def test_unequal_tensor_parallelism_is_warned_about() -> None:
     assert "prefill has TP 4 and decode TP 2" in warnings[0]
 
 
+def test_a_side_channel_port_for_all_instances_is_refused() -> None:
+    with pytest.raises(ConfigError, match="side_channel_port 47000"):
+        plan_of(Topology(connector=ConnectorConfig(side_channel_port=47000)))
+
+
 def test_cuda_instances_get_devices_from_the_visible_pool() -> None:
     plan = plan_of(Topology(), CUDA)
     assert process(plan, "prefill-0").env == {"CUDA_VISIBLE_DEVICES": "4"}
