@@ -390,6 +390,7 @@ def main() -> None:
     )
     parser.add_argument("--output", type=Path, default=ROOT / "vllm_pd" / "demo" / "data")
     args = parser.parse_args()
+    args.output.mkdir(parents=True, exist_ok=True)  # before the work, not after it
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     transformers_logging: Any = transformers.utils.logging
     transformers_logging.disable_progress_bar()
