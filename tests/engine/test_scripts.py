@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.engine.deployment import REPO, free_ports, get
+from tests.engine.deployment import REPO, get
+from tests.ports import free_ports
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.timeout(600)]
 

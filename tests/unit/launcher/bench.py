@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
+from tests.ports import free_ports
 from tests.unit.launcher import stand_in
 from vllm_pd.launcher.launch import launch
 from vllm_pd.launcher.plan import ROUTER, DeploymentPlan, ProcessSpec, Timing
@@ -31,10 +31,8 @@ WAIT_S = 20.0
 
 def free_port() -> int:
     """Return a port that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+    (port,) = free_ports(1)
+    return port
 
 
 def wait_until(condition: Callable[[], bool], what: str) -> None:
