@@ -16,6 +16,7 @@ import json
 import logging
 import math
 import random
+import shutil
 import re
 import time
 from collections.abc import Iterator
@@ -388,9 +389,12 @@ def main() -> None:
         default=[],
         help="a further Markdown file, for trials",
     )
-    parser.add_argument("--output", type=Path, default=ROOT / "vllm_pd" / "demo" / "data")
+    parser.add_argument("--output", type=Path, default=DATA)
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)  # before the work, not after it
+    for name in ("tokenizer_config.json", "generation_config.json"):  # written by hand
+        if not (args.output / name).exists():
+            shutil.copy(DATA / name, args.output)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     transformers_logging: Any = transformers.utils.logging
     transformers_logging.disable_progress_bar()
