@@ -16,8 +16,8 @@ import json
 import logging
 import math
 import random
-import shutil
 import re
+import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -52,6 +52,7 @@ from vllm_pd.demo.corpus import Corpus, read_corpus
 from vllm_pd.demo.model import DEMO_MARK
 
 ROOT = Path(__file__).resolve().parent.parent
+DATA = ROOT / "vllm_pd" / "demo" / "data"
 GEOMETRY = Geometry(
     hidden_size=256, num_layers=4, num_heads=4, num_kv_heads=2, intermediate_size=768
 )
