@@ -183,7 +183,7 @@ def running(log: Path, command: list[str], url: str, env: dict[str, str]) -> Ite
         )
         try:
             deadline = time.monotonic() + START_TIMEOUT_S
-            while not _answers(f"{url}/health"):
+            while not answers(f"{url}/health"):
                 assert process.poll() is None, log.read_text()[-3000:]
                 assert time.monotonic() < deadline, log.read_text()[-3000:]
                 time.sleep(0.5)
@@ -197,7 +197,7 @@ def running(log: Path, command: list[str], url: str, env: dict[str, str]) -> Ite
             process.wait()
 
 
-def _answers(url: str) -> bool:
+def answers(url: str) -> bool:
     try:
         get(url, timeout_s=2.0)
     except (urllib.error.URLError, OSError):

@@ -20,7 +20,7 @@ import aiohttp
 import pytest
 
 from tests.engine.conftest import BAD_REQUESTS, Reference, post_bad_requests
-from tests.engine.deployment import Deployment, deployed, get, metric, routed, served
+from tests.engine.deployment import Deployment, answers, deployed, get, metric, routed, served
 from tests.engine.workload import Answer, Case, ask, ask_all, completion
 from vllm_pd.transport.threads import PREFIX
 
@@ -169,7 +169,7 @@ class TestByHand:
                 served(tmp_path, model, name="decode", core=1, **corrupting)
             )
             router = stack.enter_context(routed(tmp_path, prefill, decode))
-            wait_for(lambda: "true" in get(f"{router}/ready"))
+            wait_for(lambda: answers(f"{router}/ready"))
             (damaged,) = asyncio.run(ask_all(router, [case], concurrency=1))
             name = "vllm:prompt_tokens_by_source_total"
             assert metric(decode, name, source="external_kv_transfer") >= 511
@@ -198,7 +198,7 @@ class TestPrefillInstanceKilled:
                 timeout_s=120,
             )
             # The supervisor has seen it; so must the router, at its next probe.
-            wait_for(lambda: '"healthy": false' not in get(f"{deployment.router}/ready"))
+            wait_for(lambda: answers(f"{deployment.router}/ready"))
             before = deployment.tokens_by_source()
             check_equal(reference.equality[:12], deployment.router, concurrency=4)
             moved = deployment.tokens_by_source()
