@@ -8,10 +8,8 @@ nothing happens.
 from __future__ import annotations
 
 import logging
-import os
 import threading
 from collections.abc import Sequence
-from contextlib import suppress
 
 import zmq
 
@@ -27,6 +25,7 @@ from vllm_pd.protocol.messages import (
 )
 from vllm_pd.session.channel import ControlContext, ControlServer
 from vllm_pd.transport.threads import name_this_thread
+from vllm_pd.transport.wakeup import Wakeup
 
 logger = logging.getLogger(__name__)
 
@@ -71,13 +70,13 @@ class InstanceEndpoint:
         self._releases: list[str] = []
         self._outgoing: list[tuple[str, int, str]] = []
         self._closing = False
-        self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._wake = Wakeup()
         self._context = ControlContext(config)
         try:
             self._server = self._context.server(config.side_channel_host, config.side_channel_port)
         except PDError:
             self._context.close()
-            os.close(self._wake)
+            self._wake.close()
             raise
         self.host, self.port = self._server.host, self._server.port
         self._thread = threading.Thread(target=self._run, daemon=True)
@@ -107,7 +106,7 @@ class InstanceEndpoint:
         """Tell another instance that a prefill will not be fetched; best effort."""
         with self._lock:
             self._outgoing.append((host, port, transfer_id))
-        self._wake_up()
+        self._wake.set()
 
     def close(self) -> None:
         """Stop the thread; idempotent."""
@@ -115,24 +114,19 @@ class InstanceEndpoint:
             if self._closing:
                 return
             self._closing = True
-        self._wake_up()
+        self._wake.set()
         self._thread.join(timeout=5.0)
-        os.close(self._wake)
-
-    def _wake_up(self) -> None:
-        with suppress(OSError):
-            os.eventfd_write(self._wake, 1)
+        self._wake.close()
 
     def _run(self) -> None:
         name_this_thread("inst")
         poller = zmq.Poller()
         poller.register(self._server.socket, zmq.POLLIN)
-        poller.register(self._wake, zmq.POLLIN)
+        poller.register(self._wake.fileno(), zmq.POLLIN)
         while not self._closing:
             try:
                 poller.poll()
-                with suppress(BlockingIOError):
-                    os.eventfd_read(self._wake)
+                self._wake.clear()
                 self._serve(self._server)
                 self._send_releases()
             except Exception:

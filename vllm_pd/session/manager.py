@@ -7,12 +7,10 @@ session thread owns every socket and transport.
 from __future__ import annotations
 
 import logging
-import os
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Self
 
@@ -26,6 +24,7 @@ from vllm_pd.session.consumer import Consumer, FetchRequest, FetchResult
 from vllm_pd.session.producer import Grant, Producer
 from vllm_pd.transport.base import Transport
 from vllm_pd.transport.threads import name_this_thread
+from vllm_pd.transport.wakeup import Wakeup
 
 logger = logging.getLogger(__name__)
 
@@ -109,7 +108,7 @@ class SessionManager:
         self._commands: deque[Callable[[float], None]] = deque()
         self._results = Results()
         self._closing = False
-        self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._wake = Wakeup()
         self._poller = zmq.Poller()
         self._polled_changes = -1
         self._thread = threading.Thread(target=self._run, daemon=True)
@@ -146,9 +145,9 @@ class SessionManager:
             if self._closing:
                 return
             self._closing = True
-        self._wake_up()
+        self._wake.set()
         self._thread.join(timeout=10.0)
-        os.close(self._wake)
+        self._wake.close()
 
     def __enter__(self) -> Self:
         return self
@@ -162,12 +161,8 @@ class SessionManager:
             if self._closing:
                 return False
             self._commands.append(command)
-        self._wake_up()
+        self._wake.set()
         return True
-
-    def _wake_up(self) -> None:
-        with suppress(OSError):
-            os.eventfd_write(self._wake, 1)
 
     def _run(self) -> None:
         name_this_thread("session")
@@ -196,7 +191,7 @@ class SessionManager:
         if self._polled_changes != self._consumer.num_changes:
             self._polled_changes = self._consumer.num_changes
             self._poller = zmq.Poller()
-            self._poller.register(self._wake, zmq.POLLIN)
+            self._poller.register(self._wake.fileno(), zmq.POLLIN)
             self._poller.register(self._server.socket, zmq.POLLIN)
             for transport in self._transports.values():
                 self._poller.register(transport.fileno(), zmq.POLLIN)
@@ -211,8 +206,7 @@ class SessionManager:
         self._poller.poll(timeout_ms)
 
     def _step(self, now: float) -> None:
-        with suppress(BlockingIOError):
-            os.eventfd_read(self._wake)
+        self._wake.clear()
         while self._commands:
             self._commands.popleft()(now)
         while received := self._server.receive():

@@ -18,7 +18,6 @@ the consumer's copy, but a copy that it does not confirm is a failed transfer.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import queue
@@ -40,6 +39,7 @@ from vllm_pd.transport.host import HostTransport
 from vllm_pd.transport.ledger import Posted
 from vllm_pd.transport.links import Direction, Endpoint, LinkPool
 from vllm_pd.transport.threads import name_this_thread
+from vllm_pd.transport.wakeup import Wakeup
 
 logger = logging.getLogger(__name__)
 
@@ -135,8 +135,8 @@ class ShmTransport(HostTransport):
         self._ready: dict[tuple[str, int], _Ready] = {}
         self._jobs: list[_CopyJob] = []
         self._copied: queue.SimpleQueue[tuple[_CopyJob, str | None]] = queue.SimpleQueue()
-        self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        self._links.watch(self._wake)
+        self._wake = Wakeup()
+        self._links.watch(self._wake.fileno())
         self._copiers = ThreadPoolExecutor(
             options.num_copy_threads, initializer=name_this_thread, initargs=("copy",)
         )
@@ -182,7 +182,7 @@ class ShmTransport(HostTransport):
             self._forget_source(peer_id)
         for span in self._spans:
             os.close(span.fd)
-        os.close(self._wake)
+        self._wake.close()
 
     def _handle_frame(self, peer_id: str, direction: Direction, frame: bytes) -> None:
         match _decoder.decode(frame), direction:
@@ -308,13 +308,10 @@ class ShmTransport(HostTransport):
         except Exception as exc:  # noqa: BLE001 - the job must end, whatever happens
             problem = repr(exc)
         self._copied.put((job, problem))
-        with contextlib.suppress(OSError):
-            os.eventfd_write(self._wake, 1)
+        self._wake.set()
 
     def _collect_copies(self) -> None:
-        if not self._is_closed:
-            with contextlib.suppress(BlockingIOError):
-                os.eventfd_read(self._wake)
+        self._wake.clear()
         while not self._copied.empty():
             job, problem = self._copied.get()
             self._jobs.remove(job)

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.transport_conformance import BLOCK_LENS, NUM_BLOCKS, Worker, make_worker
+from tests.unit.protocol.test_messages import FINGERPRINT
 from vllm_pd.config import ConnectorConfig
 from vllm_pd.errors import (
     IncompatiblePeerError,
@@ -30,17 +31,6 @@ from vllm_pd.transport.base import TransferOutcome, Transport, TransportOptions
 from vllm_pd.transport.shm import ShmTransport
 from vllm_pd.transport.tcp import TcpTransport
 
-FINGERPRINT = Fingerprint(
-    model="m",
-    dtype="bfloat16",
-    kv_cache_dtype="bfloat16",
-    quantization="",
-    num_layers=2,
-    num_kv_heads=2,
-    head_size=64,
-    block_size=16,
-    kv_layout="test",
-)
 LAYOUT = KVLayout(region_names=("layer.0", "layer.1"), block_lens=BLOCK_LENS, num_blocks=NUM_BLOCKS)
 CONFIG = ConnectorConfig(lease_s=20.0, handshake_timeout_s=5.0, transfer_timeout_s=10.0)
 
