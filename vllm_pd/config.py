@@ -50,6 +50,14 @@ class Role(enum.Enum):
     DECODE = "decode"
 
 
+class Digests(enum.Enum):
+    """How much of a transfer is verified before vLLM is told of it."""
+
+    OFF = "off"
+    SAMPLED = "sampled"  # some windows of every transfer, chosen by chance
+    ALWAYS = "always"  # every byte
+
+
 class ConnectorConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The ``kv_connector_extra_config`` of one vLLM instance.
 
@@ -61,34 +69,51 @@ class ConnectorConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
         side_channel_port: port of the instance's control endpoint; 0 picks a free one.
         cluster_key_file: key made by ``vllm-pd keygen``, the same on all
             instances; without it the control channel is plaintext on loopback.
-        lease_s: how long a finished prefill's blocks wait for their consumer.
+        tls: encrypt the data links of the tcp transport with the certificate in
+            ``cluster_key_file``; the same on all instances.
+        lease_s: how long a finished prefill's blocks wait for their consumer, from
+            the grant or the last renewal.
+        max_lease_s: longest time that renewals can keep blocks, from the grant.
         handshake_timeout_s: longest wait for a peer's handshake.
         transfer_timeout_s: longest wait for the blocks of one request, from the
             fetch to the last byte.
         min_load_tokens: prompts of which a transfer would save fewer tokens are
             computed locally. The last prompt token is always computed.
+        digests: how much of a fetch is verified: ``off``, ``sampled`` or ``always``.
         num_copy_threads: threads that copy blocks in the shm transport.
+        num_streams: connections per peer in the tcp transport.
+        staging_len: pinned host memory for the KV cache of a device, in bytes.
     """
 
     transport: str = "auto"
     side_channel_host: str = "127.0.0.1"
     side_channel_port: int = 0
     cluster_key_file: str | None = None
+    tls: bool = False
     lease_s: float = 30.0
+    max_lease_s: float = 600.0
     handshake_timeout_s: float = 10.0
     transfer_timeout_s: float = 30.0
     min_load_tokens: int = 1
+    digests: Digests = Digests.SAMPLED
     num_copy_threads: int = 1
+    num_streams: int = 2
+    staging_len: int = 64 * 1024 * 1024
 
     def __post_init__(self) -> None:
         _check_positive(
             self,
             "lease_s",
+            "max_lease_s",
             "handshake_timeout_s",
             "transfer_timeout_s",
             "min_load_tokens",
             "num_copy_threads",
+            "num_streams",
+            "staging_len",
         )
+        if self.tls and self.cluster_key_file is None:
+            raise ValueError("tls needs a cluster_key_file (vllm-pd keygen makes one)")
         if not 0 <= self.side_channel_port <= 65535:
             raise ValueError(f"side_channel_port {self.side_channel_port} is not a port")
         if self.side_channel_host in {"", "*", "0.0.0.0", "::"}:
@@ -205,7 +230,8 @@ class Topology(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         start_timeout_s: longest wait for an instance to answer.
         max_restarts: restarts of one instance in a row before the supervisor gives it
             up; a minute of service starts a new row.
-        drain_timeout_s: longest wait for an instance to stop by itself.
+        drain_timeout_s: longest time for a prefill instance that is told to stop to keep
+            what decode instances have not fetched yet.
     """
 
     model: str | None = None
@@ -223,7 +249,7 @@ class Topology(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     kv_cache_space_gib: int | None = None
     start_timeout_s: float = 600.0
     max_restarts: int = 5
-    drain_timeout_s: float = 15.0
+    drain_timeout_s: float = 40.0  # longer than a lease
 
     def __post_init__(self) -> None:
         _check_positive(self, "start_timeout_s", "drain_timeout_s")

@@ -13,6 +13,7 @@ PDError
 ├── TransferError            this transfer is lost: recompute its blocks
 │   ├── PeerLostError
 │   ├── TransferTimeoutError
+│   ├── DigestMismatchError
 │   └── LeaseExpiredError
 └── NoInstanceError          the router has nowhere to send: HTTP 503
 """
@@ -75,6 +76,10 @@ class PeerLostError(TransferError):
 
 class TransferTimeoutError(TransferError):
     """The deadline passed before the last block arrived."""
+
+
+class DigestMismatchError(TransferError):
+    """The bytes that arrived are not those that were sent."""
 
 
 class LeaseExpiredError(TransferError):
