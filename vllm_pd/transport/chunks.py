@@ -1,0 +1,133 @@
+"""How the bytes of a transfer are ordered and cut; both sides compute the same. Pure.
+
+A transfer moves some heads of a list of blocks, in all regions: region after
+region, in each block after block, in each row after row. A chunk is a stretch of
+that order: the unit of sending, of staging and of digests.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from vllm_pd.transport.base import Heads, KVRegion
+
+Move: TypeAlias = tuple[int, int, int]
+"""``(dst, src, num_bytes)``, addresses of one process each."""
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Consecutive blocks of one region.
+
+    Attributes:
+        region: index of the region.
+        first: position of the first block in the transfer's list of block ids.
+        num_blocks: number of blocks.
+    """
+
+    region: int
+    first: int
+    num_blocks: int
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """A stretch of a transfer; ``num_bytes`` is the length of all of its pieces."""
+
+    pieces: tuple[Piece, ...]
+    num_bytes: int
+
+
+def slice_len(region: KVRegion, heads: Heads | None) -> int:
+    """Return the bytes of one block of a region that a transfer of ``heads`` moves."""
+    return region.block_len if heads is None else region.num_rows * heads[1] * region.head_len
+
+
+def plan_chunks(
+    regions: Sequence[KVRegion], heads: Heads | None, num_blocks: int, *, max_len: int
+) -> list[Chunk]:
+    """Cut a transfer into chunks of at most ``max_len`` bytes, and of at least one block."""
+    chunks: list[Chunk] = []
+    pieces: list[Piece] = []
+    filled = 0
+    for index, region in enumerate(regions):
+        length = slice_len(region, heads)
+        first = 0
+        while first < num_blocks:
+            count = min((max_len - filled) // length, num_blocks - first)
+            if count == 0 and pieces:
+                chunks.append(Chunk(tuple(pieces), filled))
+                pieces, filled = [], 0
+                continue
+            count = max(count, 1)
+            pieces.append(Piece(index, first, count))
+            filled += count * length
+            first += count
+    if pieces:
+        chunks.append(Chunk(tuple(pieces), filled))
+    return chunks
+
+
+def spans_of_chunk(
+    regions: Sequence[KVRegion], chunk: Chunk, block_ids: Sequence[int], heads: Heads | None
+) -> list[tuple[int, int]]:
+    """Return where a chunk's bytes are, in order, as ``(addr, num_bytes)``; neighbours joined."""
+    spans: list[tuple[int, int]] = []
+    for piece in chunk.pieces:
+        region = regions[piece.region]
+        for addr, length in _spans(
+            region, block_ids[piece.first : piece.first + piece.num_blocks], heads
+        ):
+            if spans and spans[-1][0] + spans[-1][1] == addr:
+                spans[-1] = (spans[-1][0], spans[-1][1] + length)
+            else:
+                spans.append((addr, length))
+    return spans
+
+
+def moves_between(
+    dst: KVRegion,
+    dst_runs: Sequence[tuple[int, int, int]],
+    dst_heads: Heads | None,
+    src: KVRegion,
+    src_heads: Heads | None,
+) -> list[Move]:
+    """Return what to copy between two regions whose heads and rows match.
+
+    Args:
+        dst: where the bytes go.
+        dst_runs: ``(src_block_id, dst_block_id, num_blocks)``, see ``merge_runs``.
+        dst_heads: heads to write; None for all.
+        src: where they come from.
+        src_heads: heads to read, as many as ``dst_heads``; None for all.
+    """
+    if dst_heads is None and src_heads is None:
+        length = dst.block_len
+        return [
+            (dst.addr + to * length, src.addr + come * length, count * length)
+            for come, to, count in dst_runs
+        ]
+    moves: list[Move] = []
+    for come, to, count in dst_runs:
+        pairs = zip(
+            _spans(dst, range(to, to + count), dst_heads),
+            _spans(src, range(come, come + count), src_heads),
+            strict=True,
+        )
+        moves += [(to_addr, from_addr, length) for (to_addr, length), (from_addr, _) in pairs]
+    return moves
+
+
+def _spans(
+    region: KVRegion, block_ids: Sequence[int], heads: Heads | None
+) -> Iterator[tuple[int, int]]:
+    """Yield the bytes of some heads of blocks, row by row, not joined."""
+    first, count = heads if heads is not None else (0, region.num_heads)
+    offset, length = first * region.head_len, count * region.head_len
+    row_len = region.row_len
+    for block_id in block_ids:
+        addr = region.addr + block_id * region.block_len + offset
+        for row in range(region.num_rows):
+            yield addr + row * row_len, length
