@@ -29,15 +29,24 @@ _VOLATILE_KEYS = {"_name_or_path", "name_or_path", "transformers_version"}
 
 def to_regions(
     kv_caches: Mapping[str, torch.Tensor | Sequence[torch.Tensor]],
+    *,
+    num_heads: int,
+    block_size: int,
 ) -> list[KVRegion]:
     """Describe the tensors of ``register_kv_caches`` as contiguous spans of blocks.
+
+    Args:
+        kv_caches: tensors, or tuples of them, by layer.
+        num_heads: KV heads on this rank.
+        block_size: tokens per block.
 
     Returns:
         One region per tensor, in the order of the layers; a layer of several
         tensors gives ``NAME.0``, ``NAME.1`` and so on.
 
     Raises:
-        ConfigError: a tensor's blocks are not contiguous, or there is none.
+        ConfigError: a tensor's blocks are not contiguous, its heads cannot be told
+            apart, or there is none.
     """
     regions: list[KVRegion] = []
     for layer_name, cache in kv_caches.items():
@@ -46,13 +55,16 @@ def to_regions(
         )
         for index, tensor in enumerate(tensors):
             name = layer_name if len(tensors) == 1 else f"{layer_name}.{index}"
-            regions.append(_to_region(name, tensor))
+            num_rows = _num_rows(
+                name, tuple(tensor.shape), num_heads, block_size, is_alone=len(tensors) == 1
+            )
+            regions.append(_to_region(name, tensor, num_heads, num_rows))
     if not regions:
         raise ConfigError("vLLM registered no KV cache")
     return regions
 
 
-def _to_region(name: str, tensor: torch.Tensor) -> KVRegion:
+def _to_region(name: str, tensor: torch.Tensor, num_heads: int, num_rows: int) -> KVRegion:
     if tensor.dim() < 2 or not tensor.is_contiguous():
         raise ConfigError(
             f"KV cache of {name}: shape {tuple(tensor.shape)}, strides {tensor.stride()} is not "
@@ -66,7 +78,36 @@ def _to_region(name: str, tensor: torch.Tensor) -> KVRegion:
         num_blocks=tensor.shape[0],
         block_len=tensor.stride(0) * tensor.element_size(),
         device=tensor.device.type,
+        num_rows=num_rows,
+        num_heads=num_heads,
+        tensor=None if tensor.device.type == "cpu" else tensor,
     )
+
+
+def _num_rows(
+    name: str, shape: tuple[int, ...], num_heads: int, block_size: int, *, is_alone: bool
+) -> int:
+    """Return the rows per block: 1 where heads come first, else one per token.
+
+    Where there are as many heads as tokens, the shape does not tell: vLLM's single
+    tensors have the heads first, vllm-ascend's pairs the tokens.
+
+    Raises:
+        ConfigError: neither is the case.
+    """
+    if num_heads == 1:
+        return 1  # a block is the head, whatever is in it
+    fits = [
+        rows
+        for rows, wanted in ((1, (num_heads, block_size)), (block_size, (block_size, num_heads)))
+        if len(shape) == 4 and shape[1:3] == wanted
+    ]
+    if not fits:
+        raise ConfigError(
+            f"KV cache of {name}: cannot tell {num_heads} heads and {block_size} tokens per "
+            f"block in shape {shape}"
+        )
+    return fits[0] if is_alone else fits[-1]
 
 
 def to_layout(regions: Sequence[KVRegion]) -> KVLayout:
@@ -80,7 +121,9 @@ def to_layout(regions: Sequence[KVRegion]) -> KVLayout:
         raise ConfigError(f"KV caches with different numbers of blocks: {sorted(counts)}")
     return KVLayout(
         region_names=tuple(region.name for region in regions),
-        block_lens=tuple(region.block_len for region in regions),
+        num_rows=tuple(region.num_rows for region in regions),
+        head_lens=tuple(region.head_len for region in regions),
+        num_heads=regions[0].num_heads,
         num_blocks=counts.pop(),
     )
 

@@ -8,14 +8,19 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vllm_pd.config import ConnectorConfig
 from vllm_pd.connector.kv_cache import to_layout, to_regions
+from vllm_pd.errors import ConfigError
+from vllm_pd.protocol.heads import heads_of_rank
 from vllm_pd.protocol.messages import Fingerprint
 from vllm_pd.session.consumer import FetchRequest
+from vllm_pd.session.keys import load_cluster_key
 from vllm_pd.session.manager import LocalWorker, SessionManager
 from vllm_pd.session.producer import Grant
+from vllm_pd.session.stats import SessionStats
 from vllm_pd.transport.base import TransportOptions
 from vllm_pd.transport.registry import open_transports
 
@@ -53,6 +58,7 @@ class PDConnectorWorker:
         self._manager: SessionManager | None = None
         self._invalid_block_ids: set[int] = set()
         self._not_started: list[FetchRequest] = []
+        self._transport_info: dict[str, tuple[str, str]] = {}
 
     def register_kv_caches(
         self, kv_caches: Mapping[str, torch.Tensor | Sequence[torch.Tensor]]
@@ -62,12 +68,14 @@ class PDConnectorWorker:
         Raises:
             ConfigError: the KV cache, a transport or the key cannot be used.
         """
-        regions = to_regions(kv_caches)
+        held = heads_of_rank(self.tp_rank, self._tp_size, self.fingerprint.num_kv_heads)
+        regions = to_regions(kv_caches, num_heads=len(held), block_size=self.fingerprint.block_size)
         layout = to_layout(regions)
-        options = TransportOptions(
-            host=self._config.side_channel_host, num_copy_threads=self._config.num_copy_threads
+        transports, refused = open_transports(
+            self._config.transport_names, regions, self._transport_options()
         )
-        transports = open_transports(self._config.transport_names, regions, options)
+        self._transport_info = {name: t.mode for name, t in transports.items()}
+        self._transport_info |= {name: ("unavailable", why) for name, why in refused.items()}
         local = LocalWorker(self._engine_id, self.tp_rank, self._tp_size, self.fingerprint, layout)
         self._manager = SessionManager(self._config, local, transports)
         logger.info(
@@ -76,8 +84,29 @@ class PDConnectorWorker:
             self.tp_rank,
             len(regions),
             layout.num_blocks,
-            ", ".join(transports),
+            ", ".join(f"{name} ({t.mode[0]})" for name, t in transports.items()),
             self._manager.port,
+        )
+
+    def _transport_options(self) -> TransportOptions:
+        config = self._config
+        certificate = private_key = None
+        if config.tls:
+            assert config.cluster_key_file is not None
+            key = load_cluster_key(Path(config.cluster_key_file))
+            certificate, private_key = key.certificate, key.private_key
+            if certificate is None:
+                raise ConfigError(
+                    f"{config.cluster_key_file} has no certificate for TLS",
+                    hint="it is of an older version: make a new one with vllm-pd keygen",
+                )
+        return TransportOptions(
+            host=config.side_channel_host,
+            num_copy_threads=config.num_copy_threads,
+            num_streams=config.num_streams,
+            staging_len=config.staging_len,
+            certificate=certificate,
+            private_key=private_key,
         )
 
     @property
@@ -86,7 +115,11 @@ class PDConnectorWorker:
         return (self._manager.host, self._manager.port) if self._manager else None
 
     def start(
-        self, loads: Iterable[FetchRequest], grants: Iterable[Grant], releases: Iterable[str]
+        self,
+        loads: Iterable[FetchRequest],
+        grants: Iterable[Grant],
+        releases: Iterable[str],
+        renewals: Iterable[str] = (),
     ) -> None:
         """Hand one step's news to the session thread."""
         for request in loads:
@@ -99,6 +132,8 @@ class PDConnectorWorker:
                 self._manager.grant(grant)
             for transfer_id in releases:
                 self._manager.release(transfer_id)
+            for transfer_id in renewals:
+                self._manager.renew(transfer_id)
 
     def get_finished(self) -> tuple[set[str], set[str]]:
         """Return ``(finished_sending, finished_recving)`` since the last call.
@@ -121,8 +156,8 @@ class PDConnectorWorker:
                 logger.debug(
                     "%s: %d bytes in %.1f ms",
                     fetched.request_id,
-                    fetched.num_bytes,
-                    fetched.duration_s * 1e3,
+                    fetched.record.num_bytes,
+                    fetched.record.timeline.total_s * 1e3,
                 )
                 continue
             logger.warning(
@@ -130,6 +165,14 @@ class PDConnectorWorker:
             )
             self._invalid_block_ids.update(fetched.block_ids)
         return set(results.freed), finished_recving
+
+    def take_stats(self) -> SessionStats | None:
+        """Return what happened since the last call; None for nothing."""
+        return self._manager.take_stats() if self._manager is not None else None
+
+    def transport_info(self) -> dict[str, tuple[str, str]]:
+        """Return ``(mode, reason)`` of every transport that was wanted."""
+        return self._transport_info
 
     def take_invalid_block_ids(self) -> set[int]:
         """Return the blocks of failed fetches that ``get_finished`` has reported."""

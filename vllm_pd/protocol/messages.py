@@ -8,6 +8,12 @@ left::
     Describe      ->                 who are you, where are your workers?
                   <-  InstanceInfo
     Release       ->                 this prefill will not be fetched
+    Renew         ->                 these prefills will be fetched later
+    Drain         ->                 keep nothing for consumers any more
+    GetOutstanding ->                what is still kept?
+                  <-  Outstanding    (answers Drain, too)
+    GetStats      ->
+                  <-  Stats
 
     worker endpoint (worker half), one session per consumer worker
     Hello         ->                 layout, fingerprint, transport endpoints
@@ -27,15 +33,18 @@ Durations cross the wire, instants never do: two processes share no clock.
 from __future__ import annotations
 
 import enum
+from typing import Annotated
 
 import msgspec
 
+from vllm_pd.config import Digests
 from vllm_pd.errors import RemoteProtocolError
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 """Bump on any change that an older peer would misread.
 
 1: first version.
+2: heads of blocks, so that tensor-parallel sizes may differ; renewals; digests.
 """
 
 MAX_FRAME_LEN = 1024 * 1024
@@ -43,6 +52,12 @@ MAX_FRAME_LEN = 1024 * 1024
 
 MAX_ID_LEN = 256
 """Longest id that a peer may send, in characters."""
+
+MAX_RENEWED = 512
+"""Most leases that one ``Renew`` prolongs; more take more messages."""
+
+TransferId = Annotated[str, msgspec.Meta(min_length=1, max_length=MAX_ID_LEN)]
+"""The router's name of a prefill, checked on arrival."""
 
 
 class Fingerprint(msgspec.Struct, frozen=True, kw_only=True):
@@ -73,17 +88,32 @@ class Fingerprint(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class KVLayout(msgspec.Struct, frozen=True, kw_only=True):
-    """Geometry of one worker's KV cache.
+    """KV cache of one worker, as its peers need to know it.
+
+    A block of a region consists of ``num_rows`` rows, each of ``num_heads`` heads
+    of ``head_len`` bytes. vLLM's CPU layout (blocks, heads, block_size, 2 * head_size)
+    has one row per block; the NPU layout (blocks, block_size, heads, head_size)
+    has one per token.
 
     Attributes:
-        region_names: name of each region, in transfer order.
-        block_lens: bytes of one block in each region.
-        num_blocks: blocks per region; may differ between peers.
+        region_names: layer names, in the order of all region indices.
+        num_rows: rows per block, per region.
+        head_lens: bytes of one head in one row, per region.
+        num_heads: KV heads on this worker, the same in all regions.
+        num_blocks: blocks, the same in all regions.
     """
 
     region_names: tuple[str, ...]
-    block_lens: tuple[int, ...]
+    num_rows: tuple[int, ...]
+    head_lens: tuple[int, ...]
+    num_heads: int
     num_blocks: int
+
+    @property
+    def block_len(self) -> int:
+        """Bytes of one block in all regions."""
+        rows_of_head = zip(self.num_rows, self.head_lens, strict=True)
+        return self.num_heads * sum(rows * length for rows, length in rows_of_head)
 
 
 class Message(msgspec.Struct, frozen=True, kw_only=True, tag_field="type"):
@@ -117,7 +147,52 @@ class InstanceInfo(Message, frozen=True, tag="instance_info"):
 class Release(Message, frozen=True, tag="release"):
     """Anyone to an instance endpoint: this prefill will not be fetched."""
 
-    transfer_id: str
+    transfer_id: TransferId
+
+
+class Renew(Message, frozen=True, tag="renew"):
+    """Consumer to an instance endpoint: these prefills will be fetched later.
+
+    Each lease starts anew, but none lasts longer than the producer's ``max_lease_s``.
+    """
+
+    transfer_ids: Annotated[
+        tuple[TransferId, ...], msgspec.Meta(min_length=1, max_length=MAX_RENEWED)
+    ]
+
+
+class Drain(Message, frozen=True, tag="drain"):
+    """Anyone to an instance endpoint: keep no blocks for further consumers.
+
+    Leases that exist are served to their end. Answered by Outstanding.
+    """
+
+    on: bool = True  # False: keep blocks again
+
+
+class GetOutstanding(Message, frozen=True, tag="get_outstanding"):
+    """Anyone to an instance endpoint: what do you keep for consumers?"""
+
+
+class Outstanding(Message, frozen=True, tag="outstanding"):
+    """Instance endpoint's answer to Drain and GetOutstanding.
+
+    While ``draining``, both numbers only fall.
+    """
+
+    num_leases: int
+    num_blocks: int
+    draining: bool
+
+
+class GetStats(Message, frozen=True, tag="get_stats"):
+    """Anyone to an instance endpoint: what have you counted?"""
+
+
+class Stats(Message, frozen=True, tag="stats"):
+    """Instance endpoint's answer to GetStats."""
+
+    counters: dict[str, float]
 
 
 class Hello(Message, frozen=True, tag="hello"):
@@ -139,10 +214,22 @@ class Refused(Message, frozen=True, tag="refused"):
 
 
 class FetchBlocks(Message, frozen=True, tag="fetch_blocks"):
-    """Consumer to producer: send these blocks of one prefill.
+    """Consumer to producer: send these heads of these blocks of one prefill.
 
     Blocks are named by position in the prefill's own list, so a consumer cannot
-    name a block that was not leased to it.
+    name a block that was not leased to it. A fetch of no heads moves nothing: it
+    tells a producer whose heads are held by others, too, that it is not needed.
+
+    Attributes:
+        fetch_id: unique on the consumer's worker.
+        transfer_id: the prefill.
+        transport: name of the transport to use.
+        block_offset: first block.
+        num_blocks: number of blocks.
+        first_head: first head, counted on the producer's worker.
+        num_heads: number of heads; 0 for none.
+        num_readers: workers of the consumer's engine that fetch from this producer.
+        digests: how much the producer must vouch for.
     """
 
     fetch_id: int
@@ -150,10 +237,16 @@ class FetchBlocks(Message, frozen=True, tag="fetch_blocks"):
     transport: str
     block_offset: int
     num_blocks: int
+    first_head: int
+    num_heads: int
+    num_readers: int
+    digests: Digests
 
     def __post_init__(self) -> None:
         if self.block_offset < 0 or self.num_blocks < 1:
             raise ValueError(f"{self.num_blocks} blocks from {self.block_offset}")
+        if self.first_head < 0 or self.num_heads < 0 or self.num_readers < 1:
+            raise ValueError(f"{self.num_heads} heads from {self.first_head}")
         if len(self.transfer_id) > MAX_ID_LEN:
             raise ValueError("transfer_id is too long")
 
@@ -189,6 +282,12 @@ AnyMessage = (
     Describe
     | InstanceInfo
     | Release
+    | Renew
+    | Drain
+    | GetOutstanding
+    | Outstanding
+    | GetStats
+    | Stats
     | Hello
     | Refused
     | FetchBlocks

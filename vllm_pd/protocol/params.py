@@ -1,12 +1,14 @@
 """The ``kv_transfer_params`` that the router carries from producer to consumer.
 
 The keys are those of vLLM's NixlConnector, so that proxies written for it drive
-this connector too; ``transfer_id`` and ``remote_prompt_digest`` are additions.
+this connector too; ``transfer_id``, ``remote_prompt_digest`` and
+``remote_lease_s`` are additions.
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
 from array import array
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -28,6 +30,7 @@ class RemotePrefill(msgspec.Struct, frozen=True, kw_only=True):
         remote_port: port of it.
         remote_num_tokens: leading prompt tokens whose KV is there.
         remote_prompt_digest: ``prompt_digest`` of those tokens; ``""`` if unknown.
+        remote_lease_s: how long the producer keeps it unless renewed; 0 if unknown.
     """
 
     transfer_id: str
@@ -37,6 +40,7 @@ class RemotePrefill(msgspec.Struct, frozen=True, kw_only=True):
     remote_port: int
     remote_num_tokens: int
     remote_prompt_digest: str = ""
+    remote_lease_s: float = 0.0
 
     def __post_init__(self) -> None:
         if not 0 < self.remote_port < 65536:
@@ -45,6 +49,9 @@ class RemotePrefill(msgspec.Struct, frozen=True, kw_only=True):
             raise ValueError(f"remote_num_tokens is {self.remote_num_tokens}")
         if not 0 < len(self.transfer_id) <= MAX_ID_LEN:
             raise ValueError("transfer_id is empty or too long")
+        f"{self.transfer_id}{self.remote_host}".encode()  # a ValueError where it cannot be sent
+        if not 0 <= self.remote_lease_s < math.inf:  # false for nan, too
+            raise ValueError(f"remote_lease_s is {self.remote_lease_s}")
 
 
 def wants_remote_decode(params: Mapping[str, Any] | None) -> bool:

@@ -8,7 +8,8 @@ own monotonic clock.
 from __future__ import annotations
 
 import enum
-from collections import OrderedDict
+import math
+from collections import Counter, OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -43,22 +44,18 @@ _NEXT: dict[FetchState, frozenset[FetchState]] = {
 
 @dataclass(slots=True)
 class Fetch:
-    """One request's blocks on their way to this consumer worker.
+    """One request's blocks on their way from one producer rank to this consumer worker.
 
     Attributes:
         fetch_id: unique on this consumer worker; also the transport's transfer id.
         request_id: the request here.
         transfer_id: the prefill on the producer.
-        block_offset: first block of the prefill that is wanted.
-        block_ids: where the blocks go, in this worker's KV cache.
         deadline: when to give up.
     """
 
     fetch_id: int
     request_id: str
     transfer_id: str
-    block_offset: int
-    block_ids: tuple[int, ...]
     deadline: float
     state: FetchState = FetchState.AWAITING_PEER
 
@@ -91,14 +88,24 @@ class SessionState(enum.Enum):
     CLOSED = enum.auto()
 
 
+class LeaseEnd(enum.Enum):
+    """Why a lease is over."""
+
+    FETCHED = "fetched"
+    RELEASED = "released"
+    EXPIRED = "expired"
+
+
 @dataclass(slots=True)
 class _Lease:
     request_id: str
     block_ids: tuple[int, ...]
     expires_at: float
-    num_fetches_left: int  # consumer ranks that have not fetched yet
+    last_expiry: float  # renewals reach no further
+    num_delivered: Counter[str] = field(default_factory=Counter)  # by consumer engine
     num_reading: int = 0
-    released: bool = False
+    is_fetched: bool = False
+    is_released: bool = False
 
 
 @dataclass(slots=True)
@@ -110,12 +117,16 @@ class LeaseTable:
     while a fetch is reading its blocks.
 
     Attributes:
-        lease_s: how long a lease lasts, from its grant.
+        lease_s: how long a lease lasts, from its grant or its last renewal.
+        max_lease_s: how long renewals can make it last, from its grant.
         num_remembered: ended transfer ids that are still told apart from unknown ones.
+        num_ended: leases that are over, by reason.
     """
 
     lease_s: float
+    max_lease_s: float = math.inf
     num_remembered: int = 4096
+    num_ended: Counter[LeaseEnd] = field(default_factory=Counter)
     _leases: dict[str, _Lease] = field(default_factory=dict)
     _ended: OrderedDict[str, None] = field(default_factory=OrderedDict)
 
@@ -125,20 +136,19 @@ class LeaseTable:
     def __contains__(self, transfer_id: str) -> bool:
         return transfer_id in self._leases
 
+    @property
+    def num_blocks(self) -> int:
+        """Blocks that are held for consumers."""
+        return sum(len(lease.block_ids) for lease in self._leases.values())
+
     def has_ended(self, transfer_id: str) -> bool:
         """Return whether this transfer id held a lease that is over."""
         return transfer_id in self._ended
 
     def grant(
-        self,
-        transfer_id: str,
-        *,
-        request_id: str,
-        block_ids: Sequence[int],
-        num_fetches: int,
-        now: float,
+        self, transfer_id: str, *, request_id: str, block_ids: Sequence[int], now: float
     ) -> None:
-        """Start a lease that ``num_fetches`` consumer ranks will read.
+        """Start a lease.
 
         Raises:
             LocalProtocolError: the transfer id holds a lease already.
@@ -147,8 +157,20 @@ class LeaseTable:
             raise LocalProtocolError(f"transfer {transfer_id} already holds a lease")
         self._ended.pop(transfer_id, None)
         self._leases[transfer_id] = _Lease(
-            request_id, tuple(block_ids), now + self.lease_s, num_fetches
+            request_id,
+            tuple(block_ids),
+            now + min(self.lease_s, self.max_lease_s),
+            now + self.max_lease_s,
         )
+
+    def renew(self, transfer_id: str, now: float) -> None:
+        """Prolong a lease whose consumer still queues; never shortens it.
+
+        Unknown ids are ignored, as a renewal crosses with the end of its lease.
+        """
+        if (lease := self._leases.get(transfer_id)) and not lease.is_released:
+            wanted = min(now + self.lease_s, lease.last_expiry)
+            lease.expires_at = max(lease.expires_at, wanted)
 
     def begin_fetch(
         self, transfer_id: str, *, block_offset: int, num_blocks: int
@@ -160,7 +182,7 @@ class LeaseTable:
             RemoteProtocolError: the peer asks for blocks that the prefill does not have.
         """
         lease = self._leases.get(transfer_id)
-        if lease is None or lease.released:
+        if lease is None or lease.is_released or lease.is_fetched:
             raise LeaseExpiredError(f"no lease for transfer {transfer_id}")
         wanted = lease.block_ids[block_offset : block_offset + num_blocks]
         if len(wanted) != num_blocks:
@@ -171,18 +193,29 @@ class LeaseTable:
         lease.num_reading += 1
         return wanted
 
-    def end_fetch(self, transfer_id: str, *, delivered: bool) -> str | None:
+    def end_fetch(
+        self, transfer_id: str, *, consumer: str, num_readers: int, delivered: bool
+    ) -> str | None:
         """Record that one rank stopped reading; return the request id to free, if any.
 
         A fetch that failed leaves the lease as it was, for another try.
+
+        Args:
+            transfer_id: the lease.
+            consumer: the engine of the rank that read.
+            num_readers: ranks of that engine that read from this worker.
+            delivered: whether it has got everything.
         """
         lease = self._leases[transfer_id]
         lease.num_reading -= 1
         if delivered:
-            lease.num_fetches_left -= 1
+            lease.num_delivered[consumer] += 1
+            lease.is_fetched |= lease.num_delivered[consumer] >= num_readers
         if lease.num_reading:
             return None
-        return self._end(transfer_id) if lease.released or lease.num_fetches_left <= 0 else None
+        if lease.is_fetched:
+            return self._end(transfer_id, LeaseEnd.FETCHED)
+        return self._end(transfer_id, LeaseEnd.RELEASED) if lease.is_released else None
 
     def release(self, transfer_id: str) -> str | None:
         """End a lease early; return the request id to free now, if any.
@@ -193,8 +226,8 @@ class LeaseTable:
         lease = self._leases.get(transfer_id)
         if lease is None:
             return None
-        lease.released = True
-        return None if lease.num_reading else self._end(transfer_id)
+        lease.is_released = True
+        return None if lease.num_reading else self._end(transfer_id, LeaseEnd.RELEASED)
 
     def expire(self, now: float) -> list[str]:
         """End overdue leases that nobody is reading; return their request ids."""
@@ -203,7 +236,7 @@ class LeaseTable:
             for transfer_id, lease in self._leases.items()
             if lease.expires_at <= now and not lease.num_reading
         ]
-        return [self._end(transfer_id) for transfer_id in overdue]
+        return [self._end(transfer_id, LeaseEnd.EXPIRED) for transfer_id in overdue]
 
     def next_expiry(self) -> float | None:
         """Return when the next lease that nobody reads is overdue."""
@@ -212,7 +245,8 @@ class LeaseTable:
             default=None,
         )
 
-    def _end(self, transfer_id: str) -> str:
+    def _end(self, transfer_id: str, reason: LeaseEnd) -> str:
+        self.num_ended[reason] += 1
         self._ended[transfer_id] = None
         while len(self._ended) > self.num_remembered:
             self._ended.popitem(last=False)

@@ -1,8 +1,8 @@
 """Control sockets: one frame is one message, CURVE-encrypted where there is a key.
 
 A ``ControlServer`` answers many peers; a ``ControlClient`` speaks to one and
-learns at once when it is gone. Frames that are too long never arrive, frames
-that are no messages are counted and dropped.
+learns at once when it is gone. Peers that do not get in, and frames that are too
+long or no messages, are counted and dropped.
 """
 
 from __future__ import annotations
@@ -24,7 +24,14 @@ from vllm_pd.transport.threads import name_thread
 logger = logging.getLogger(__name__)
 
 _HIGH_WATER_MARK = 10_000
+_SERVER_HIGH_WATER_MARK = 1_000  # a flooding peer's frames beyond it stay in its own memory
 _HEARTBEAT_MS = 5_000
+_RECEIVED_LEN = 2 * MAX_FRAME_LEN
+"""Longest frame in bytes that a server reads, only to count it as too long.
+
+Of a longer one ZeroMQ reads the header and closes the connection. It tells nobody
+why: what a monitor then sees is a peer that left.
+"""
 _LOST_EVENTS = {
     zmq.EVENT_DISCONNECTED: "disconnected",
     zmq.EVENT_CLOSED: "closed",
@@ -33,6 +40,16 @@ _LOST_EVENTS = {
     zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL: "it does not use the cluster key",
     zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL: "the handshake failed",
 }
+_SERVER_EVENTS = (
+    zmq.EVENT_ACCEPTED
+    | zmq.EVENT_DISCONNECTED
+    | zmq.EVENT_HANDSHAKE_SUCCEEDED
+    | zmq.EVENT_HANDSHAKE_FAILED_AUTH
+    | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
+    | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
+)
+_WRONG_SERVER_KEY = 0x11000001
+"""ZMQ_PROTOCOL_ERROR_ZMTP_CRYPTOGRAPHIC: the peer encrypts for another cluster."""
 
 
 class ControlContext:
@@ -73,12 +90,15 @@ class ControlContext:
         if self._key is not None:
             sock.curve_server = True
             sock.curve_publickey, sock.curve_secretkey = self._key.public, self._key.secret
+        sock.maxmsgsize = _RECEIVED_LEN
+        sock.rcvhwm = _SERVER_HIGH_WATER_MARK
+        monitor: zmq.Socket[bytes] = sock.get_monitor_socket(_SERVER_EVENTS)
         try:
             sock.bind(f"tcp://{_bracketed(host)}:{port or '*'}")
         except zmq.ZMQError as exc:
-            sock.close(linger=0)
+            _close_monitored(sock, monitor, linger_s=0.0)
             raise ConfigError(f"side channel {host} port {port}: {exc.strerror}") from exc
-        return ControlServer(sock, host)
+        return ControlServer(sock, monitor, host)
 
     def client(self, host: str, port: int, *, identity: bytes | None = None) -> ControlClient:
         """Open a client; connecting goes on in the background.
@@ -134,20 +154,44 @@ class _OnlyThisKey:
 
 
 class ControlServer:
-    """Receives messages from any peer and answers by peer identity."""
+    """Receives messages from any peer and answers by peer identity.
 
-    def __init__(self, sock: zmq.Socket[bytes], host: str) -> None:
+    Both ``socket`` and ``monitor`` must be polled, and ``receive`` be called when
+    either is readable: a monitor whose events nobody reads stops ZeroMQ's I/O thread
+    after some thousand refused peers.
+
+    Attributes:
+        socket: readable when a message may be there.
+        monitor: readable when a peer came, left or was refused.
+        host: the address that the server listens on.
+        port: its port.
+        num_dropped: what was ignored, by reason. Of peers: ``wrong_key`` has another
+            cluster key, ``handshake`` none, or does not speak the protocol. Of frames:
+            ``oversized``, ``frame_count``, ``malformed``; ``unexpected``, which
+            the caller counts; and answers that are ``unsent``, their peer being gone.
+    """
+
+    def __init__(self, sock: zmq.Socket[bytes], monitor: zmq.Socket[bytes], host: str) -> None:
         self.socket = sock
+        self.monitor = monitor
         self.host = host
         self.num_dropped: Counter[str] = Counter()
+        self._newcomers = Newcomers()
         endpoint = sock.get_string(zmq.LAST_ENDPOINT)
         self.port = int(endpoint.rsplit(":", 1)[1])
+
+    @property
+    def num_denied(self) -> int:
+        """Peers that did not get in."""
+        return self.num_dropped["wrong_key"] + self.num_dropped["handshake"]
 
     def receive(self) -> tuple[bytes, AnyMessage] | None:
         """Return the next message and its sender; None when there is none.
 
-        Frames that are no message are dropped and counted.
+        Frames that are no message are dropped and counted, as are peers that were
+        refused meanwhile.
         """
+        self.check()
         while True:
             try:
                 frames = self.socket.recv_multipart(zmq.NOBLOCK)
@@ -155,12 +199,24 @@ class ControlServer:
                 return None
             if len(frames) != 2:
                 self._drop("frame_count")
-                continue
+            elif len(frames[1]) > MAX_FRAME_LEN:
+                self._drop("oversized")
+            else:
+                try:
+                    return frames[0], decode(frames[1])
+                except RemoteProtocolError as exc:
+                    logger.debug("dropped a frame: %s", exc)
+                    self._drop("malformed")
+
+    def check(self) -> None:
+        """Count the peers that were refused since the last call."""
+        while True:
             try:
-                return frames[0], decode(frames[1])
-            except RemoteProtocolError as exc:
-                logger.debug("dropped a frame: %s", exc)
-                self._drop("malformed")
+                event = recv_monitor_message(self.monitor, zmq.NOBLOCK)
+            except zmq.Again:
+                return
+            if reason := self._newcomers.refusal(zmq.Event(event["event"]), int(event["value"])):
+                self._drop(reason)
 
     def send(self, identity: bytes, message: AnyMessage) -> None:
         """Answer a peer; one that is gone or too slow gets nothing."""
@@ -172,12 +228,65 @@ class ControlServer:
 
     def close(self) -> None:
         """Close the socket; idempotent."""
-        self.socket.close(linger=0)
+        _close_monitored(self.socket, self.monitor, linger_s=0.0)
 
     def _drop(self, reason: str) -> None:
         self.num_dropped[reason] += 1
         if self.num_dropped[reason] == 1:
-            logger.warning("control channel on port %d: dropped a frame (%s)", self.port, reason)
+            what = "refused a peer" if reason in ("wrong_key", "handshake") else "dropped a frame"
+            logger.warning("control channel on port %d: %s (%s)", self.port, what, reason)
+
+
+class Newcomers:
+    """Tells from a server's events which connections never became peers.
+
+    ZeroMQ reports most refusals. Of one that did not even send its greeting it
+    reports only that the connection came and went, and it does not say which
+    connection a success or a refusal is about. With several at the same time one
+    may be taken for another, but each is counted once.
+    """
+
+    def __init__(self) -> None:
+        self._open: set[int] = set()  # descriptors of which the outcome is not known
+        self._num_greeted = 0  # of those
+        self._num_refused = 0  # of those
+
+    def refusal(self, event: zmq.Event, value: int) -> str | None:
+        """Take one event; return why a connection was refused, if it was.
+
+        Args:
+            event: one that ``ControlServer`` listens to.
+            value: what came with it: a descriptor or the detail of a failure.
+        """
+        reason = None
+        match event:
+            case zmq.Event.ACCEPTED:
+                self._open.add(value)
+            case zmq.Event.HANDSHAKE_SUCCEEDED:
+                self._num_greeted += 1
+            case zmq.Event.DISCONNECTED if value in self._open:
+                reason = self._leave(value)
+            case zmq.Event.DISCONNECTED:
+                pass
+            case _:
+                self._num_refused += 1
+                is_key = event is zmq.Event.HANDSHAKE_FAILED_AUTH or value == _WRONG_SERVER_KEY
+                reason = "wrong_key" if is_key else "handshake"
+        if self._num_greeted >= len(self._open):  # so all of them are peers
+            self._open.clear()
+            self._num_greeted = self._num_refused = 0
+        return reason
+
+    def _leave(self, descriptor: int) -> str | None:
+        """Take note that a connection of unknown outcome is over."""
+        self._open.remove(descriptor)
+        if self._num_refused:
+            self._num_refused -= 1
+        elif self._num_greeted:
+            self._num_greeted -= 1
+        else:
+            return "handshake"
+        return None
 
 
 class ControlClient:
@@ -228,10 +337,16 @@ class ControlClient:
 
     def close(self, *, linger_s: float = 0.0) -> None:
         """Close the socket, after trying to deliver for ``linger_s``; idempotent."""
-        if not self.socket.closed:
-            self.socket.disable_monitor()
-            self.monitor.close(linger=0)
-            self.socket.close(linger=int(linger_s * 1000))
+        _close_monitored(self.socket, self.monitor, linger_s=linger_s)
+
+
+def _close_monitored(
+    sock: zmq.Socket[bytes], monitor: zmq.Socket[bytes], *, linger_s: float
+) -> None:
+    if not sock.closed:
+        sock.disable_monitor()
+        monitor.close(linger=0)
+        sock.close(linger=int(linger_s * 1000))
 
 
 def _bracketed(host: str) -> str:

@@ -1,8 +1,9 @@
-"""The consumer's half of a worker's sessions: one session per producer engine.
+"""The consumer's half of a worker's sessions: one session per producer worker.
 
-Runs on the session thread. A session finds the producer's worker through its
-instance endpoint, shakes hands once, and then carries any number of fetches. A
-session that fails takes its fetches with it and is rebuilt for the next one.
+Runs on the session thread. A producer's instance endpoint tells once where its
+workers are; every worker from which this one needs heads gets a session, which
+shakes hands once and then carries any number of fetches. A session that fails
+takes its fetches with it and is rebuilt for the next one.
 """
 
 from __future__ import annotations
@@ -10,9 +11,11 @@ from __future__ import annotations
 import itertools
 import logging
 import secrets
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
+from vllm_pd.config import ConnectorConfig
 from vllm_pd.errors import (
     IncompatiblePeerError,
     LeaseExpiredError,
@@ -23,6 +26,7 @@ from vllm_pd.errors import (
     TransferTimeoutError,
 )
 from vllm_pd.protocol.handshake import check_compatible, choose_transport
+from vllm_pd.protocol.heads import Part, plan_parts
 from vllm_pd.protocol.messages import (
     AnyMessage,
     Describe,
@@ -38,7 +42,8 @@ from vllm_pd.protocol.messages import (
 from vllm_pd.protocol.state import Fetch, FetchState, SessionState
 from vllm_pd.session.channel import ControlClient, ControlContext
 from vllm_pd.session.instance import send_release
-from vllm_pd.transport.base import TransferOutcome, Transport
+from vllm_pd.session.stats import FetchRecord, FetchTimeline, outcome_of
+from vllm_pd.transport.base import Heads, TransferOutcome, Transport
 
 logger = logging.getLogger(__name__)
 
@@ -74,34 +79,68 @@ class FetchResult:
 
     request_id: str
     block_ids: tuple[int, ...]
-    num_bytes: int
-    duration_s: float
+    record: FetchRecord
     error: PDError | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class _Pending:
-    """A fetch that has not ended."""
+@dataclass(slots=True, eq=False)
+class _Order:
+    """A request's blocks, on their way from one or several producer workers."""
 
-    fetch: Fetch
     request: FetchRequest
     started: float
+    deadline: float
+    num_open: int = 0  # parts that move bytes and have not ended
+    num_bytes: int = 0
+    transport: str = ""
+    handshake_s: float = 0.0
+    queued_s: float = 0.0
+    transfer_s: float = 0.0
+    verify_s: float = 0.0
+    error: PDError | None = None
+
+
+@dataclass(slots=True, eq=False)
+class _Pending:
+    """What one producer worker contributes to an order, while it has not ended."""
+
+    fetch: Fetch
+    order: _Order
+    part: Part
+    requested: float = 0.0
+    ready: float = 0.0
 
 
 @dataclass(slots=True, eq=False)
 class _Session:
+    """With one worker of a producer."""
+
     session_id: bytes
-    request: FetchRequest  # the first one; names the producer
+    producer: _Producer
+    rank: int
     client: ControlClient
-    started: float
     deadline: float | None  # of the handshake
-    state: SessionState = SessionState.DESCRIBING
+    state: SessionState = SessionState.GREETING
     transport: Transport | None = None
-    fetches: dict[int, _Pending] = field(default_factory=dict)
+    pending: dict[int, _Pending] = field(default_factory=dict)  # by fetch id
 
     @property
     def peer_id(self) -> str:
         return self.session_id.hex()
+
+
+@dataclass(slots=True, eq=False)
+class _Producer:
+    """Another engine, and the sessions with its workers."""
+
+    engine_id: str
+    started: float
+    deadline: float | None  # of the description
+    client: ControlClient | None  # to its instance endpoint, until it has described itself
+    info: InstanceInfo | None = None
+    parts: tuple[Part, ...] = ()
+    orders: list[_Order] = field(default_factory=list)  # that wait for the description
+    sessions: dict[int, _Session] = field(default_factory=dict)  # by rank
 
 
 class Consumer:
@@ -111,8 +150,7 @@ class Consumer:
         context: makes the control clients.
         local: what this worker announces.
         transports: by name, best first.
-        handshake_timeout_s: longest wait for a session to become ready.
-        transfer_timeout_s: longest wait for a fetch, its session's handshake included.
+        config: durations, and how much to verify.
     """
 
     def __init__(
@@ -120,20 +158,18 @@ class Consumer:
         context: ControlContext,
         local: Hello,
         transports: Mapping[str, Transport],
-        *,
-        handshake_timeout_s: float,
-        transfer_timeout_s: float,
+        config: ConnectorConfig,
     ) -> None:
         self._context = context
         self._local = local
         self._transports = transports
-        self._handshake_timeout_s = handshake_timeout_s
-        self._transfer_timeout_s = transfer_timeout_s
+        self._config = config
         self._fetch_ids = itertools.count(1)
-        self._sessions: dict[str, _Session] = {}  # by the producer's engine id
+        self._producers: dict[str, _Producer] = {}  # by engine id
         self._receiving: dict[tuple[str, int], _Pending] = {}
         self._results: list[FetchResult] = []
         self.num_changes = 0  # of the set of sockets
+        self.num_handshake_failures: Counter[str] = Counter()  # by outcome
 
     def take_results(self) -> list[FetchResult]:
         """Return the fetches that ended since the last call."""
@@ -142,33 +178,31 @@ class Consumer:
 
     def clients(self) -> list[ControlClient]:
         """Return the control clients whose sockets are to be watched."""
-        return [session.client for session in self._sessions.values()]
+        clients = [session.client for session in self._sessions()]
+        return clients + [p.client for p in self._producers.values() if p.client is not None]
 
     def start(self, request: FetchRequest, now: float) -> None:
         """Begin a fetch; every fetch ends as exactly one result."""
-        fetch = Fetch(
-            next(self._fetch_ids),
-            request.request_id,
-            request.transfer_id,
-            request.block_offset,
-            request.block_ids,
-            now + self._transfer_timeout_s,
-        )
-        pending = _Pending(fetch, request, now)
-        session = self._sessions.get(request.remote_engine_id)
-        if session is None:
-            try:
-                session = self._open(request, now)
-            except PDError as exc:
-                self._finish(pending, now, exc)
-                return
-        session.fetches[fetch.fetch_id] = pending
-        if session.state is SessionState.READY:
-            self._guard(session, now, lambda: self._request(session, fetch))
+        order = _Order(request, now, now + self._config.transfer_timeout_s)
+        producer = self._producers.get(request.remote_engine_id)
+        try:
+            if producer is None:
+                producer = self._describe(request, now)
+        except PDError as exc:
+            order.error = exc
+            self._finish(order, now)
+            return
+        if producer.info is None:
+            producer.orders.append(order)
+        else:
+            self._dispatch(producer, order, now)
 
     def poll(self, now: float) -> None:
         """Handle what arrived on the sessions, and losses of peers."""
-        for session in list(self._sessions.values()):
+        for producer in list(self._producers.values()):
+            if producer.client is not None:
+                self._guard_producer(producer, now)
+        for session in self._sessions():
             self._guard(session, now, lambda session=session: self._drain(session, now))  # type: ignore[misc]
 
     def end_transfer(self, outcome: TransferOutcome, now: float) -> bool:
@@ -176,59 +210,185 @@ class Consumer:
         pending = self._receiving.pop((outcome.peer_id, outcome.transfer_id), None)
         if pending is None:
             return False
-        for session in list(self._sessions.values()):
+        pending.order.num_bytes += outcome.num_bytes
+        pending.order.verify_s = max(pending.order.verify_s, outcome.verify_s)
+        for session in self._sessions():
             if session.peer_id == outcome.peer_id:
-                session.fetches.pop(outcome.transfer_id, None)
-                if outcome.error is not None:
+                session.pending.pop(outcome.transfer_id, None)
+                if isinstance(outcome.error, PeerLostError):
                     self._close(session, now, outcome.error)
-        self._finish(pending, now, outcome.error, outcome.num_bytes)
+        self._end(pending, now, outcome.error)
         return True
 
     def expire(self, now: float) -> None:
-        """Fail what is overdue; a session with an overdue fetch is not trusted further."""
-        for session in list(self._sessions.values()):
-            overdue = [p.fetch for p in session.fetches.values() if p.fetch.deadline <= now]
+        """Give up what is overdue."""
+        for producer in list(self._producers.values()):
+            if producer.deadline is not None and producer.deadline <= now:
+                self._give_up(producer, now, TransferTimeoutError("no answer to Describe"))
+        for session in self._sessions():
+            overdue = [p for p in session.pending.values() if p.fetch.deadline <= now]
             if session.deadline is not None and session.deadline <= now:
                 self._close(session, now, TransferTimeoutError("no answer to the handshake"))
             elif overdue:
-                what = f"transfer {overdue[0].transfer_id} took too long"
-                self._close(session, now, TransferTimeoutError(what))
+                what = f"transfer {overdue[0].fetch.transfer_id} took too long"
+                error = TransferTimeoutError(what)
+                for pending in overdue:  # the transport will only say that its peer is gone
+                    pending.order.error = pending.order.error or error
+                self._close(session, now, error)
 
     def next_deadline(self) -> float | None:
         """Return when ``expire`` has something to do."""
-        times = [s.deadline for s in self._sessions.values() if s.deadline is not None]
-        for session in self._sessions.values():
-            times += [pending.fetch.deadline for pending in session.fetches.values()]
+        times = [p.deadline for p in self._producers.values() if p.deadline is not None]
+        for session in self._sessions():
+            times += [] if session.deadline is None else [session.deadline]
+            times += [pending.fetch.deadline for pending in session.pending.values()]
         return min(times, default=None)
 
     def close(self, now: float) -> None:
         """End all sessions; their fetches fail."""
-        for session in list(self._sessions.values()):
-            self._close(session, now, TransferError("this engine shuts down"))
+        error = TransferError("this engine shuts down")
+        for producer in list(self._producers.values()):
+            self._give_up(producer, now, error)
+        for session in self._sessions():
+            self._close(session, now, error)
 
-    def _open(self, request: FetchRequest, now: float) -> _Session:
+    # From a request to sessions
+
+    def _sessions(self) -> list[_Session]:
+        return [s for producer in self._producers.values() for s in producer.sessions.values()]
+
+    def _describe(self, request: FetchRequest, now: float) -> _Producer:
+        """Ask a producer's instance endpoint where its workers are."""
         if not self._context.may_connect(request.remote_host):
             raise IncompatiblePeerError(
                 f"{request.remote_host} is another host and there is no cluster key",
                 hint="set cluster_key_file on both sides",
             )
         client = self._context.client(request.remote_host, request.remote_port)
+        client.send(Describe())
+        deadline = now + self._config.handshake_timeout_s
+        producer = _Producer(request.remote_engine_id, now, deadline, client)
+        self._producers[request.remote_engine_id] = producer
+        self.num_changes += 1
+        return producer
+
+    def _guard_producer(self, producer: _Producer, now: float) -> None:
+        """Take the description of a producer, or give it up."""
+        assert producer.client is not None
+        try:
+            message = producer.client.receive()
+            if message is None:
+                producer.client.check()
+                return
+            self._meet(producer, message)
+        except PDError as exc:
+            self._give_up(producer, now, exc)
+            return
+        except Exception as exc:
+            logger.exception("description of engine %s", producer.engine_id)
+            self._give_up(producer, now, TransferError(f"internal error: {exc!r}"))
+            return
+        orders, producer.orders = producer.orders, []
+        for order in orders:
+            self._dispatch(producer, order, now)
+
+    def _meet(self, producer: _Producer, info: AnyMessage) -> None:
+        """Decide from which workers to fetch."""
+        if not isinstance(info, InstanceInfo):
+            raise RemoteProtocolError(f"{type(info).__name__} instead of a description")
+        if info.engine_id != producer.engine_id:
+            raise PeerLostError(f"engine {producer.engine_id} has restarted")
+        producer.parts = plan_parts(
+            self._local.tp_rank,
+            tp_size=self._local.tp_size,
+            remote_tp_size=info.tp_size,
+            num_kv_heads=self._local.fingerprint.num_kv_heads,
+        )
+        known = {worker.tp_rank: worker for worker in info.workers}
+        for part in producer.parts:
+            worker = known.get(part.remote_rank)
+            if worker is None or not self._context.may_connect(worker.host):
+                raise IncompatiblePeerError(
+                    f"engine {info.engine_id} has no reachable worker of rank {part.remote_rank}"
+                )
+        producer.info, producer.deadline = info, None
+        self._close_client(producer)
+
+    def _close_client(self, producer: _Producer) -> None:
+        if producer.client is not None:
+            producer.client.close()
+            producer.client = None
+            self.num_changes += 1
+
+    def _give_up(self, producer: _Producer, now: float, error: PDError) -> None:
+        """Forget a producer that did not describe itself; what waited for that fails."""
+        if producer.info is not None:
+            return
+        logger.warning("engine %s: %s", producer.engine_id, error)
+        self._producers.pop(producer.engine_id, None)
+        self.num_handshake_failures[outcome_of(error).value] += 1
+        self._close_client(producer)
+        for order in producer.orders:
+            order.error = error
+            self._finish(order, now)
+        producer.orders = []
+
+    def _dispatch(self, producer: _Producer, order: _Order, now: float) -> None:
+        """Give every session its part of an order."""
+        parts = [
+            _Pending(
+                Fetch(
+                    next(self._fetch_ids),
+                    order.request.request_id,
+                    order.request.transfer_id,
+                    order.deadline,
+                ),
+                order,
+                part,
+            )
+            for part in producer.parts
+        ]
+        order.num_open = sum(1 for pending in parts if pending.part.num_heads)
+        for pending in parts:
+            try:
+                session = self._session(producer, pending.part.remote_rank, now)
+            except PDError as exc:
+                self._end(pending, now, exc)
+                continue
+            session.pending[pending.fetch.fetch_id] = pending
+            if session.state is SessionState.READY:
+                self._guard(session, now, lambda p=pending, s=session: self._request(s, p, now))  # type: ignore[misc]
+
+    def _session(self, producer: _Producer, rank: int, now: float) -> _Session:
+        """Return the session with a worker; open it if there is none."""
+        if session := producer.sessions.get(rank):
+            return session
+        assert producer.info is not None
+        worker = next(w for w in producer.info.workers if w.tp_rank == rank)
         # ZeroMQ reserves identities that start with a zero byte.
         session_id = b"\x01" + secrets.token_bytes(15)
-        session = _Session(session_id, request, client, now, now + self._handshake_timeout_s)
-        client.send(Describe())
-        self._sessions[request.remote_engine_id] = session
+        client = self._context.client(worker.host, worker.port, identity=session_id)
+        client.send(self._local)
+        deadline = now + self._config.handshake_timeout_s
+        session = _Session(session_id, producer, rank, client, deadline)
+        producer.sessions[rank] = session
+        # Back in the table, if the loss of another session had removed it.
+        self._producers[producer.engine_id] = producer
         self.num_changes += 1
         return session
 
+    # One session
+
     def _guard(self, session: _Session, now: float, step: Callable[[], None]) -> None:
         """Run one step of a session; a fault of the peer or of the session ends it."""
+        if session.state is SessionState.CLOSED:
+            return
         try:
             step()
         except PDError as exc:
             self._close(session, now, exc)
         except Exception as exc:
-            logger.exception("session with engine %s", session.request.remote_engine_id)
+            logger.exception("session with engine %s", session.producer.engine_id)
             self._close(session, now, TransferError(f"internal error: {exc!r}"))
 
     def _drain(self, session: _Session, now: float) -> None:
@@ -243,44 +403,21 @@ class Consumer:
 
     def _handle(self, session: _Session, message: AnyMessage, now: float) -> None:
         match message, session.state:
-            case InstanceInfo(), SessionState.DESCRIBING:
-                self._greet(session, message)
             case Hello(), SessionState.GREETING:
                 self._get_ready(session, message, now)
             case Refused(), _:
                 raise IncompatiblePeerError(f"the producer refused: {message.reason}")
             case FetchReady(), SessionState.READY:
-                self._receive(session, message.fetch_id)
+                self._receive(session, message.fetch_id, now)
             case FetchFailed(), SessionState.READY:
                 self._take_refusal(session, message, now)
             case _:
                 raise RemoteProtocolError(f"{type(message).__name__} in state {session.state.name}")
 
-    def _greet(self, session: _Session, info: InstanceInfo) -> None:
-        if info.engine_id != session.request.remote_engine_id:
-            raise PeerLostError(f"engine {session.request.remote_engine_id} has restarted")
-        if info.tp_size != self._local.tp_size:
-            raise IncompatiblePeerError(
-                f"engine {info.engine_id}: tp_size: {self._local.tp_size} != {info.tp_size}",
-                hint="unequal tensor parallelism is not supported yet",
-            )
-        ours = [w for w in info.workers if w.tp_rank == self._local.tp_rank]
-        if not ours or not self._context.may_connect(ours[0].host):
-            raise IncompatiblePeerError(
-                f"engine {info.engine_id} has no reachable worker of rank {self._local.tp_rank}"
-            )
-        session.client.close()
-        session.client = self._context.client(
-            ours[0].host, ours[0].port, identity=session.session_id
-        )
-        self.num_changes += 1
-        session.client.send(self._local)
-        session.state = SessionState.GREETING
-
     def _get_ready(self, session: _Session, hello: Hello, now: float) -> None:
+        if (hello.engine_id, hello.tp_rank) != (session.producer.engine_id, session.rank):
+            raise PeerLostError(f"engine {session.producer.engine_id} has restarted")
         check_compatible(self._local, hello)
-        if hello.engine_id != session.request.remote_engine_id:
-            raise PeerLostError(f"engine {session.request.remote_engine_id} has restarted")
         reachable = [
             name
             for name, endpoint in hello.endpoints.items()
@@ -291,79 +428,129 @@ class Consumer:
         transport.add_peer(session.peer_id, hello.endpoints[name])
         session.transport, session.state, session.deadline = transport, SessionState.READY, None
         logger.info(
-            "fetching from engine %s over %s, after a handshake of %.0f ms",
+            "fetching from engine %s rank %d over %s (%s), after a handshake of %.0f ms",
             hello.engine_id,
+            hello.tp_rank,
             name,
-            (now - session.started) * 1e3,
+            transport.mode[0],
+            (now - session.producer.started) * 1e3,
         )
-        for pending in list(session.fetches.values()):
-            self._request(session, pending.fetch)
+        for pending in list(session.pending.values()):
+            self._request(session, pending, now)
 
-    def _request(self, session: _Session, fetch: Fetch) -> None:
+    def _request(self, session: _Session, pending: _Pending, now: float) -> None:
         assert session.transport is not None
-        fetch.advance(FetchState.REQUESTED)
+        pending.fetch.advance(FetchState.REQUESTED)
+        pending.requested = now
+        request, part = pending.order.request, pending.part
         session.client.send(
             FetchBlocks(
-                fetch_id=fetch.fetch_id,
-                transfer_id=fetch.transfer_id,
+                fetch_id=pending.fetch.fetch_id,
+                transfer_id=request.transfer_id,
                 transport=session.transport.name,
-                block_offset=fetch.block_offset,
-                num_blocks=len(fetch.block_ids),
+                block_offset=request.block_offset,
+                num_blocks=len(request.block_ids),
+                first_head=part.remote_head,
+                num_heads=part.num_heads,
+                num_readers=part.num_readers,
+                digests=self._config.digests,
             )
         )
 
-    def _receive(self, session: _Session, fetch_id: int) -> None:
-        if fetch_id not in session.fetches or session.transport is None:
+    def _receive(self, session: _Session, fetch_id: int, now: float) -> None:
+        pending = session.pending.get(fetch_id)
+        if pending is None or session.transport is None:
             raise RemoteProtocolError(f"FetchReady of unknown fetch {fetch_id}")
-        pending = session.fetches[fetch_id]
-        fetch = pending.fetch
+        fetch, part = pending.fetch, pending.part
         if fetch.state is not FetchState.REQUESTED:
             raise RemoteProtocolError(f"FetchReady of fetch {fetch_id} in {fetch.state.name}")
-        session.transport.recv_blocks(session.peer_id, fetch_id, fetch.block_ids)
+        pending.ready = now
+        if not part.num_heads:
+            del session.pending[fetch_id]
+            return
+        heads: Heads | None = (part.local_head, part.num_heads)
+        if part.num_heads == self._local.layout.num_heads:
+            heads = None
+        session.transport.recv_blocks(
+            session.peer_id, fetch_id, pending.order.request.block_ids, heads=heads
+        )
         fetch.advance(FetchState.RECEIVING)
+        pending.order.transport = session.transport.name
         self._receiving[session.peer_id, fetch_id] = pending
 
     def _take_refusal(self, session: _Session, message: FetchFailed, now: float) -> None:
-        pending = session.fetches.get(message.fetch_id)
+        pending = session.pending.get(message.fetch_id)
         if pending is None or pending.fetch.state is not FetchState.REQUESTED:
             raise RemoteProtocolError(f"FetchFailed of fetch {message.fetch_id}")
-        del session.fetches[message.fetch_id]
+        del session.pending[message.fetch_id]
         is_over = message.failure in (FetchFailure.LEASE_ENDED, FetchFailure.UNKNOWN_TRANSFER)
         error = LeaseExpiredError if is_over else TransferError
-        self._finish(pending, now, error(f"the producer refused: {message.detail}"))
+        self._end(pending, now, error(f"the producer refused: {message.detail}"))
 
     def _close(self, session: _Session, now: float, error: PDError) -> None:
         """End a session. Fetches whose bytes move end with the transport's outcome."""
         if session.state is SessionState.CLOSED:
             return
-        logger.warning("session with engine %s ended: %s", session.request.remote_engine_id, error)
-        if session.state is SessionState.READY and not isinstance(error, PeerLostError):
+        producer = session.producer
+        logger.warning("session with engine %s ended: %s", producer.engine_id, error)
+        if session.state is SessionState.GREETING:
+            self.num_handshake_failures[outcome_of(error).value] += 1
+        elif not isinstance(error, PeerLostError):
             try:
                 session.client.send(Goodbye())
             except PeerLostError:
                 logger.debug("no goodbye to %s", session.client.address)
         session.state = SessionState.CLOSED
-        del self._sessions[session.request.remote_engine_id]
+        del producer.sessions[session.rank]
+        if not producer.sessions:  # asked again next time: it may have moved
+            self._producers.pop(producer.engine_id, None)
         self.num_changes += 1
         session.client.close(
             linger_s=0.0 if isinstance(error, PeerLostError) else _GOODBYE_LINGER_S
         )
         if session.transport is not None:
             session.transport.remove_peer(session.peer_id)
-        for pending in session.fetches.values():
-            if pending.fetch.state is not FetchState.RECEIVING:
-                self._finish(pending, now, error)
-        session.fetches.clear()
+        waiting = [p for p in session.pending.values() if p.fetch.state is not FetchState.RECEIVING]
+        session.pending.clear()
+        for pending in waiting:
+            self._end(pending, now, error)
 
-    def _finish(
-        self, pending: _Pending, now: float, error: PDError | None, num_bytes: int = 0
-    ) -> None:
-        """Report the end of a fetch; one that failed here gives its blocks back there."""
-        fetch, request = pending.fetch, pending.request
+    # From parts to results
+
+    def _end(self, pending: _Pending, now: float, error: PDError | None) -> None:
+        """Record the end of a part; the last one that moves bytes ends the order."""
+        fetch, order = pending.fetch, pending.order
         fetch.advance(FetchState.FAILED if error else FetchState.DONE)
-        self._results.append(
-            FetchResult(fetch.request_id, fetch.block_ids, num_bytes, now - pending.started, error)
+        if not pending.part.num_heads:
+            return
+        requested = pending.requested or now
+        ready = pending.ready or now
+        order.handshake_s = max(order.handshake_s, requested - order.started)
+        order.queued_s = max(order.queued_s, ready - requested)
+        order.transfer_s = max(order.transfer_s, now - ready)
+        order.error = order.error or error
+        order.num_open -= 1
+        if not order.num_open:
+            self._finish(order, now)
+
+    def _finish(self, order: _Order, now: float) -> None:
+        """Report the end of an order; one that failed here gives its blocks back there."""
+        request, error = order.request, order.error
+        record = FetchRecord(
+            request_id=request.request_id,
+            outcome=outcome_of(error),
+            transport=order.transport,
+            num_bytes=0 if error else order.num_bytes,
+            num_bytes_saved=request.block_offset * self._local.layout.block_len,
+            timeline=FetchTimeline(
+                handshake_s=order.handshake_s,
+                queued_s=order.queued_s,
+                transfer_s=order.transfer_s,
+                verify_s=order.verify_s,
+                total_s=now - order.started,
+            ),
         )
+        self._results.append(FetchResult(request.request_id, request.block_ids, record, error))
         if error is not None and not isinstance(error, (PeerLostError, LeaseExpiredError)):
             send_release(
                 self._context, request.remote_host, request.remote_port, request.transfer_id

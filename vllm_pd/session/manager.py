@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Self
@@ -19,9 +19,10 @@ import zmq
 from vllm_pd.config import ConnectorConfig
 from vllm_pd.errors import PDError, PeerLostError
 from vllm_pd.protocol.messages import PROTOCOL_VERSION, Fingerprint, Hello, KVLayout
-from vllm_pd.session.channel import ControlContext
+from vllm_pd.session.channel import ControlContext, ControlServer
 from vllm_pd.session.consumer import Consumer, FetchRequest, FetchResult
 from vllm_pd.session.producer import Grant, Producer
+from vllm_pd.session.stats import FetchRecord, FetchTimeline, SessionStats, outcome_of
 from vllm_pd.transport.base import Transport
 from vllm_pd.transport.threads import name_this_thread
 from vllm_pd.transport.wakeup import Wakeup
@@ -53,6 +54,45 @@ class Results:
 
     freed: list[str] = field(default_factory=list)
     fetched: list[FetchResult] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class _Known:
+    """Counts of the session thread; they only grow, but for the last two."""
+
+    num_bytes_sent: int = 0
+    num_granted: int = 0
+    num_ended: Counter[str] = field(default_factory=Counter)
+    num_handshake_failures: Counter[str] = field(default_factory=Counter)
+    num_dropped: Counter[str] = field(default_factory=Counter)
+    num_leases: int = 0
+    num_blocks: int = 0
+
+    @classmethod
+    def of(cls, producer: Producer, consumer: Consumer, server: ControlServer) -> _Known:
+        """Read the counts."""
+        failures = Counter(consumer.num_handshake_failures)
+        if producer.num_refused:
+            failures["refused"] = producer.num_refused
+        leases = producer.leases
+        return cls(
+            producer.num_bytes_sent,
+            producer.num_granted,
+            Counter({reason.value: count for reason, count in leases.num_ended.items()}),
+            failures,
+            Counter(server.num_dropped),
+            len(leases),
+            leases.num_blocks,
+        )
+
+    def add_news(self, stats: SessionStats, *, since: _Known) -> None:
+        """Add what happened since an earlier reading."""
+        stats.num_bytes_sent += self.num_bytes_sent - since.num_bytes_sent
+        stats.num_leases_granted += self.num_granted - since.num_granted
+        stats.num_leases_ended += self.num_ended - since.num_ended
+        stats.num_handshake_failures += self.num_handshake_failures - since.num_handshake_failures
+        stats.num_dropped_frames += self.num_dropped - since.num_dropped
+        stats.num_leases, stats.num_blocks_held = self.num_leases, self.num_blocks
 
 
 class SessionManager:
@@ -93,21 +133,17 @@ class SessionManager:
             self._server,
             hello,
             self._transports,
-            lease_s=config.lease_s,
-            fetch_timeout_s=config.transfer_timeout_s,
+            config,
         )
-        self._consumer = Consumer(
-            self._context,
-            hello,
-            self._transports,
-            handshake_timeout_s=config.handshake_timeout_s,
-            transfer_timeout_s=config.transfer_timeout_s,
-        )
+        self._consumer = Consumer(self._context, hello, self._transports, config)
+        self._stats = SessionStats()
+        self._known = _Known()
         self.host, self.port = self._server.host, self._server.port
         self._lock = threading.Lock()
         self._commands: deque[Callable[[float], None]] = deque()
         self._results = Results()
         self._closing = False
+        self._has_news = False
         self._wake = Wakeup()
         self._poller = zmq.Poller()
         self._polled_changes = -1
@@ -118,6 +154,10 @@ class SessionManager:
         """Lease a finished prefill's blocks to whoever fetches its transfer id."""
         self._post(lambda now: self._producer.grant(grant, now))
 
+    def renew(self, transfer_id: str) -> None:
+        """Prolong a lease; unknown ids are ignored."""
+        self._post(lambda now: self._producer.renew(transfer_id, now))
+
     def release(self, transfer_id: str) -> None:
         """End a lease early; unknown ids are ignored."""
         self._post(lambda _: self._producer.release(transfer_id))
@@ -126,9 +166,12 @@ class SessionManager:
         """Begin to fetch blocks."""
         if not self._post(lambda now: self._consumer.start(request, now)):
             error = PeerLostError("this engine shuts down")
+            record = FetchRecord(
+                request.request_id, outcome_of(error), "", 0, 0, timeline=FetchTimeline()
+            )
             with self._lock:
                 self._results.fetched.append(
-                    FetchResult(request.request_id, request.block_ids, 0, 0.0, error)
+                    FetchResult(request.request_id, request.block_ids, record, error)
                 )
 
     def take_results(self) -> Results:
@@ -138,6 +181,17 @@ class SessionManager:
         with self._lock:
             results, self._results = self._results, Results()
         return results
+
+    def take_stats(self) -> SessionStats | None:
+        """Return what happened since the last call; None for nothing."""
+        if not self._has_news:
+            return None
+        with self._lock:
+            stats, self._stats = self._stats, SessionStats()
+            self._stats.num_leases = stats.num_leases
+            self._stats.num_blocks_held = stats.num_blocks_held
+            self._has_news = False
+        return stats
 
     def close(self) -> None:
         """End all sessions and close the transports; idempotent."""
@@ -193,6 +247,7 @@ class SessionManager:
             self._poller = zmq.Poller()
             self._poller.register(self._wake.fileno(), zmq.POLLIN)
             self._poller.register(self._server.socket, zmq.POLLIN)
+            self._poller.register(self._server.monitor, zmq.POLLIN)
             for transport in self._transports.values():
                 self._poller.register(transport.fileno(), zmq.POLLIN)
             for client in self._consumer.clients():
@@ -228,10 +283,16 @@ class SessionManager:
 
     def _publish(self) -> None:
         freed, fetched = self._producer.take_freed(), self._consumer.take_results()
-        if freed or fetched:
-            with self._lock:
-                self._results.freed += freed
-                self._results.fetched += fetched
+        known = _Known.of(self._producer, self._consumer, self._server)
+        if not freed and not fetched and known == self._known:
+            return
+        with self._lock:
+            self._results.freed += freed
+            self._results.fetched += fetched
+            known.add_news(self._stats, since=self._known)
+            self._stats.fetches += [result.record for result in fetched]
+            self._has_news = True
+        self._known = known
 
     def _shut_down(self) -> None:
         now = time.monotonic()

@@ -11,6 +11,7 @@ from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from vllm_pd.config import ConnectorConfig
 from vllm_pd.errors import (
     IncompatiblePeerError,
     LeaseExpiredError,
@@ -30,7 +31,7 @@ from vllm_pd.protocol.messages import (
 )
 from vllm_pd.protocol.state import LeaseTable
 from vllm_pd.session.channel import ControlServer
-from vllm_pd.transport.base import TransferOutcome, Transport
+from vllm_pd.transport.base import Heads, TransferOutcome, Transport
 
 logger = logging.getLogger(__name__)
 
@@ -58,9 +59,20 @@ class _Parked:
 
 @dataclass(frozen=True, slots=True)
 class _Running:
+    """A fetch that is being read."""
+
     identity: bytes
-    transfer_id: str
+    fetch: FetchBlocks
+    consumer: str
     deadline: float
+
+
+@dataclass(frozen=True, slots=True)
+class _Session:
+    """With one worker of a consumer."""
+
+    peer_id: str
+    engine_id: str
 
 
 class Producer:
@@ -70,8 +82,12 @@ class Producer:
         server: answers go out through it.
         local: what this worker announces.
         transports: by name.
-        lease_s: how long granted blocks wait.
-        fetch_timeout_s: how long a fetch may be parked or run.
+        config: durations.
+
+    Attributes:
+        num_bytes_sent: bytes that consumers have got.
+        num_granted: leases that began.
+        num_refused: consumers whose handshake was refused.
     """
 
     def __init__(
@@ -79,16 +95,15 @@ class Producer:
         server: ControlServer,
         local: Hello,
         transports: Mapping[str, Transport],
-        *,
-        lease_s: float,
-        fetch_timeout_s: float,
+        config: ConnectorConfig,
     ) -> None:
         self._server = server
         self._local = local
         self._transports = transports
-        self._fetch_timeout_s = fetch_timeout_s
-        self._leases = LeaseTable(lease_s)
-        self._sessions: OrderedDict[bytes, str] = OrderedDict()  # identity -> peer id
+        self._fetch_timeout_s = config.transfer_timeout_s
+        self._leases = LeaseTable(config.lease_s, config.max_lease_s)
+        self._sessions: OrderedDict[bytes, _Session] = OrderedDict()  # by identity
+        self.num_bytes_sent = self.num_granted = self.num_refused = 0
         self._parked: list[_Parked] = []
         self._running: dict[tuple[str, int], _Running] = {}
         self._freed: list[str] = []
@@ -105,17 +120,26 @@ class Producer:
                 grant.transfer_id,
                 request_id=grant.request_id,
                 block_ids=grant.block_ids,
-                num_fetches=1,
                 now=now,
             )
         except LocalProtocolError as exc:
             logger.error("%s: %s", grant.request_id, exc)  # noqa: TRY400 - no bug to trace
             self._freed.append(grant.request_id)
             return
+        self.num_granted += 1
         waiting = [p for p in self._parked if p.fetch.transfer_id == grant.transfer_id]
         self._parked = [p for p in self._parked if p.fetch.transfer_id != grant.transfer_id]
         for parked in waiting:
             self._serve(parked.identity, parked.fetch, now)
+
+    @property
+    def leases(self) -> LeaseTable:
+        """The leases, to be read."""
+        return self._leases
+
+    def renew(self, transfer_id: str, now: float) -> None:
+        """Prolong a lease whose consumer still queues."""
+        self._leases.renew(transfer_id, now)
 
     def release(self, transfer_id: str) -> None:
         """End a lease early."""
@@ -142,10 +166,11 @@ class Producer:
         if running is None:
             return False
         if outcome.error is not None:
-            logger.warning("transfer %s not delivered: %s", running.transfer_id, outcome.error)
-        delivered = outcome.error is None
-        if request_id := self._leases.end_fetch(running.transfer_id, delivered=delivered):
-            self._freed.append(request_id)
+            logger.warning(
+                "transfer %s not delivered: %s", running.fetch.transfer_id, outcome.error
+            )
+        self.num_bytes_sent += outcome.num_bytes
+        self._end_fetch(running.fetch, running.consumer, delivered=outcome.error is None)
         return True
 
     def expire(self, now: float) -> None:
@@ -162,7 +187,7 @@ class Producer:
                 f"no transfer {parked.fetch.transfer_id}",
             )
         for running in [r for r in self._running.values() if r.deadline <= now]:
-            logger.warning("transfer %s: the consumer does not finish", running.transfer_id)
+            logger.warning("transfer %s: the consumer does not finish", running.fetch.transfer_id)
             self._forget(running.identity)
 
     def next_deadline(self) -> float | None:
@@ -184,11 +209,12 @@ class Producer:
                 self._transports[name].add_peer(peer_id, hello.endpoints[name])
         except (IncompatiblePeerError, RemoteProtocolError) as exc:
             logger.warning("refused a consumer: %s", exc)
+            self.num_refused += 1
             for transport in self._transports.values():
                 transport.remove_peer(peer_id)
             self._server.send(identity, Refused(reason=str(exc)))
             return
-        self._sessions[identity] = peer_id
+        self._sessions[identity] = _Session(peer_id, hello.engine_id)
         self._server.send(identity, self._local)
         if len(self._sessions) > MAX_SESSIONS:
             busy = {running.identity for running in self._running.values()}
@@ -210,10 +236,10 @@ class Producer:
             self._parked.append(_Parked(identity, fetch, now + self._fetch_timeout_s))
 
     def _serve(self, identity: bytes, fetch: FetchBlocks, now: float) -> None:
-        peer_id = self._sessions.get(identity)
-        if peer_id is None:
+        session = self._sessions.get(identity)
+        if session is None:
             return
-        key = peer_id, fetch.fetch_id
+        key = session.peer_id, fetch.fetch_id
         transport = self._transports.get(fetch.transport)
         if transport is None or key in self._running:
             detail = f"fetch {fetch.fetch_id} over {fetch.transport}"
@@ -229,15 +255,34 @@ class Producer:
         except RemoteProtocolError as exc:
             self._refuse(identity, fetch, FetchFailure.OUT_OF_RANGE, str(exc))
             return
-        try:
-            transport.send_blocks(peer_id, fetch.fetch_id, block_ids)
-        except LocalProtocolError as exc:
-            if request_id := self._leases.end_fetch(fetch.transfer_id, delivered=False):
-                self._freed.append(request_id)
-            self._refuse(identity, fetch, FetchFailure.TRANSPORT, str(exc))
+        if not fetch.num_heads:
+            self._end_fetch(fetch, session.engine_id, delivered=True)
+            self._server.send(identity, FetchReady(fetch_id=fetch.fetch_id))
             return
-        self._running[key] = _Running(identity, fetch.transfer_id, now + self._fetch_timeout_s)
+        heads: Heads | None = (fetch.first_head, fetch.num_heads)
+        if heads == (0, self._local.layout.num_heads):
+            heads = None
+        try:
+            transport.send_blocks(
+                session.peer_id, fetch.fetch_id, block_ids, heads=heads, digests=fetch.digests
+            )
+        except LocalProtocolError as exc:
+            self._end_fetch(fetch, session.engine_id, delivered=False)
+            self._refuse(identity, fetch, FetchFailure.OUT_OF_RANGE, str(exc))
+            return
+        deadline = now + self._fetch_timeout_s
+        self._running[key] = _Running(identity, fetch, session.engine_id, deadline)
         self._server.send(identity, FetchReady(fetch_id=fetch.fetch_id))
+
+    def _end_fetch(self, fetch: FetchBlocks, consumer: str, *, delivered: bool) -> None:
+        request_id = self._leases.end_fetch(
+            fetch.transfer_id,
+            consumer=consumer,
+            num_readers=fetch.num_readers,
+            delivered=delivered,
+        )
+        if request_id is not None:
+            self._freed.append(request_id)
 
     def _refuse(
         self, identity: bytes, fetch: FetchBlocks, failure: FetchFailure, detail: str
@@ -248,7 +293,7 @@ class Producer:
 
     def _forget(self, identity: bytes) -> None:
         """End a session; its running transfers end with an outcome of the transport."""
-        if peer_id := self._sessions.pop(identity, None):
+        if session := self._sessions.pop(identity, None):
             self._parked = [p for p in self._parked if p.identity != identity]
             for transport in self._transports.values():
-                transport.remove_peer(peer_id)
+                transport.remove_peer(session.peer_id)

@@ -13,16 +13,24 @@ idle transport uses no CPU: ``fileno`` tells when ``poll`` has something to do.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import ClassVar
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, TypeAlias
 
+from vllm_pd.config import Digests
 from vllm_pd.errors import LocalProtocolError, TransferError
+
+Heads: TypeAlias = tuple[int, int]
+"""``(first, count)``: heads of every block, counted on one worker."""
 
 
 @dataclass(frozen=True, slots=True)
 class KVRegion:
     """One contiguous span of KV cache as a transport sees it.
+
+    A block consists of ``num_rows`` rows, each of ``num_heads`` heads; the bytes
+    of the same head in all rows of a block are what one tensor-parallel rank of
+    another engine may want.
 
     Attributes:
         name: layer name, equal on both sides.
@@ -30,6 +38,9 @@ class KVRegion:
         num_blocks: number of blocks.
         block_len: bytes of one block; blocks follow each other without gaps.
         device: torch device type that ``addr`` belongs to.
+        num_rows: rows per block.
+        num_heads: heads per row.
+        tensor: the torch tensor, for memory that only torch can reach.
     """
 
     name: str
@@ -37,6 +48,19 @@ class KVRegion:
     num_blocks: int
     block_len: int
     device: str = "cpu"
+    num_rows: int = 1
+    num_heads: int = 1
+    tensor: Any = None
+
+    @property
+    def row_len(self) -> int:
+        """Bytes of one row."""
+        return self.block_len // self.num_rows
+
+    @property
+    def head_len(self) -> int:
+        """Bytes of one head in one row."""
+        return self.row_len // self.num_heads
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,21 +69,44 @@ class TransportOptions:
 
     Attributes:
         host: address that listening sockets bind to and that peers are told.
-        num_copy_threads: threads that copy or receive on behalf of ``recv_blocks``.
+        num_copy_threads: threads that copy on behalf of ``recv_blocks``.
+        num_streams: connections to each peer.
+        staging_len: pinned host memory for the KV cache of a device, in bytes.
+        certificate: PEM of the cluster's certificate; None: no encryption.
+        private_key: PEM of its key.
+        shares_pages: whether peers on this host may map the KV cache; False as if the
+            kernel refused it.
+        on_received: sees the first bytes of every transfer before they are verified, on
+            any thread; lets a fault damage them.
     """
 
     host: str = "127.0.0.1"
     num_copy_threads: int = 1
+    num_streams: int = 2
+    staging_len: int = 64 * 1024 * 1024
+    certificate: bytes | None = None
+    private_key: bytes | None = None
+    shares_pages: bool = True
+    on_received: Callable[[memoryview], None] | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class TransferOutcome:
-    """The end of one transfer on this side; ``error`` is None on success."""
+    """The end of one transfer on this side; ``error`` is None on success.
+
+    Attributes:
+        peer_id: with whom.
+        transfer_id: which.
+        num_bytes: bytes moved; 0 on failure.
+        error: why it failed.
+        verify_s: seconds spent on digests, on this side.
+    """
 
     peer_id: str
     transfer_id: int
     num_bytes: int
     error: TransferError | None = None
+    verify_s: float = field(default=0.0, compare=False)
 
 
 class Transport(ABC):
@@ -72,6 +119,7 @@ class Transport(ABC):
       ``send_blocks`` and of ``recv_blocks`` each;
     - the producer's outcome follows the consumer's receipt of the last byte;
     - after an outcome, success or not, the backend no longer touches the blocks;
+    - a transfer whose bytes do not match the producer's digests fails;
     - bytes from or for a peer that was removed are never written;
     - ``close`` fails what is still posted, for ``poll`` to return, and is idempotent.
     """
@@ -113,16 +161,44 @@ class Transport(ABC):
         """Fail the peer's posted transfers and forget it. Unknown ids are ignored."""
 
     @abstractmethod
-    def send_blocks(self, peer_id: str, transfer_id: int, block_ids: Sequence[int]) -> None:
-        """Post the producer's half: all regions of these blocks, in this order.
+    def send_blocks(
+        self,
+        peer_id: str,
+        transfer_id: int,
+        block_ids: Sequence[int],
+        *,
+        heads: Heads | None = None,
+        digests: Digests = Digests.OFF,
+    ) -> None:
+        """Post the producer's half: these blocks of all regions, in this order.
+
+        Args:
+            peer_id: to whom.
+            transfer_id: the same on both sides.
+            block_ids: blocks of this worker.
+            heads: the heads of each block; None for all.
+            digests: how much of the bytes to vouch for; the consumer verifies what it
+                is given.
 
         Raises:
-            LocalProtocolError: unknown peer, or a block id out of range.
+            LocalProtocolError: unknown peer, or a block id or head out of range.
         """
 
     @abstractmethod
-    def recv_blocks(self, peer_id: str, transfer_id: int, block_ids: Sequence[int]) -> None:
+    def recv_blocks(
+        self,
+        peer_id: str,
+        transfer_id: int,
+        block_ids: Sequence[int],
+        *,
+        heads: Heads | None = None,
+    ) -> None:
         """Post the consumer's half. Same contract as ``send_blocks``."""
+
+    @property
+    def mode(self) -> tuple[str, str]:
+        """How this transport works here and, if that is second best, why."""
+        return "default", ""
 
     @abstractmethod
     def fileno(self) -> int:
@@ -137,15 +213,23 @@ class Transport(ABC):
         """Release memory, sockets and communicators."""
 
 
-def check_block_ids(regions: Sequence[KVRegion], block_ids: Sequence[int]) -> None:
-    """Refuse block ids that any region lacks.
+def check_selection(
+    regions: Sequence[KVRegion], block_ids: Sequence[int], heads: Heads | None
+) -> None:
+    """Refuse blocks or heads that any region lacks.
 
     Raises:
-        LocalProtocolError: a block id is out of range.
+        LocalProtocolError: a block id or a head is out of range.
     """
     num_blocks = min((region.num_blocks for region in regions), default=0)
-    if bad := [b for b in block_ids if not 0 <= b < num_blocks]:
+    if block_ids and (min(block_ids) < 0 or max(block_ids) >= num_blocks):
+        bad = [b for b in block_ids if not 0 <= b < num_blocks]
         raise LocalProtocolError(f"block ids out of range 0 to {num_blocks - 1}: {bad[:8]}")
+    if heads is not None:
+        first, count = heads
+        num_heads = min((region.num_heads for region in regions), default=0)
+        if first < 0 or count < 1 or first + count > num_heads:
+            raise LocalProtocolError(f"{count} heads from {first}, of {num_heads}")
 
 
 def merge_runs(

@@ -11,15 +11,24 @@ from collections.abc import Sequence
 
 import msgspec
 
+from vllm_pd.config import Digests
 from vllm_pd.errors import (
     LocalProtocolError,
     PeerLostError,
     RemoteProtocolError,
     TransportUnavailableError,
 )
-from vllm_pd.transport.base import KVRegion, TransferOutcome, Transport, check_block_ids
+from vllm_pd.transport.base import (
+    Heads,
+    KVRegion,
+    TransferOutcome,
+    Transport,
+    check_selection,
+)
+from vllm_pd.transport.chunks import slice_len
 from vllm_pd.transport.ledger import Ledger, Posted
-from vllm_pd.transport.links import Direction, LinkEvent, LinkPool, Mark
+from vllm_pd.transport.link import Mark
+from vllm_pd.transport.links import Direction, LinkEvent, LinkPool
 
 
 class HostTransport(Transport):
@@ -50,17 +59,29 @@ class HostTransport(Transport):
         self._fail(peer_id, f"peer {peer_id} was removed")
 
     def send_blocks(  # noqa: D102
-        self, peer_id: str, transfer_id: int, block_ids: Sequence[int]
+        self,
+        peer_id: str,
+        transfer_id: int,
+        block_ids: Sequence[int],
+        *,
+        heads: Heads | None = None,
+        digests: Digests = Digests.OFF,
     ) -> None:
-        posted = self._post(peer_id, Direction.SENDING, transfer_id, block_ids)
-        if self._links.link(peer_id, Direction.SENDING):
+        posted = self._post(peer_id, Direction.SENDING, transfer_id, block_ids, heads)
+        posted.digests = digests
+        if self._links.is_up(peer_id, Direction.SENDING):
             self._start_sending(posted)
 
     def recv_blocks(  # noqa: D102
-        self, peer_id: str, transfer_id: int, block_ids: Sequence[int]
+        self,
+        peer_id: str,
+        transfer_id: int,
+        block_ids: Sequence[int],
+        *,
+        heads: Heads | None = None,
     ) -> None:
-        posted = self._post(peer_id, Direction.RECEIVING, transfer_id, block_ids)
-        self._links.open_link(peer_id)
+        posted = self._post(peer_id, Direction.RECEIVING, transfer_id, block_ids, heads)
+        self._links.open_links(peer_id)
         try:
             self._start_receiving(posted)
         except RemoteProtocolError as exc:
@@ -94,7 +115,7 @@ class HostTransport(Transport):
         """
 
     @abstractmethod
-    def _handle_frame(self, peer_id: str, direction: Direction, frame: bytes) -> None:
+    def _handle_frame(self, event: LinkEvent, frame: bytes) -> None:
         """React to a frame.
 
         Raises:
@@ -104,28 +125,33 @@ class HostTransport(Transport):
         """
 
     @abstractmethod
-    def _forget(self, peer_id: str) -> None:
-        """Drop what is known of a producer to which the link is lost."""
+    def _forget(self, peer_id: str, direction: Direction) -> None:
+        """Drop what belongs to a direction of a peer whose links are lost."""
 
     def _handle_link_up(self, peer_id: str) -> None:
-        """Prepare a consumer's link, before the transfers that wait for it."""
+        """Prepare a consumer's links, before the transfers that wait for them."""
 
-    def _handle_payload_end(self, peer_id: str) -> None:
+    def _handle_payload_end(self, event: LinkEvent) -> None:
         """React to the last byte of a payload that was expected."""
-        raise RemoteProtocolError(f"payload on the {self.name} link of {peer_id}")
+        raise RemoteProtocolError(f"payload on the {self.name} link of {event.peer_id}")
 
     def _send(self, posted: Posted, frame: msgspec.Struct) -> None:
         """Send a frame that concerns a transfer."""
         self._links.send(posted.peer_id, posted.direction, msgspec.msgpack.encode(frame))
 
     def _post(
-        self, peer_id: str, direction: Direction, transfer_id: int, block_ids: Sequence[int]
+        self,
+        peer_id: str,
+        direction: Direction,
+        transfer_id: int,
+        block_ids: Sequence[int],
+        heads: Heads | None,
     ) -> Posted:
         if not self._links.has_peer(peer_id):
             raise LocalProtocolError(f"unknown peer {peer_id}")
-        check_block_ids(self._regions, block_ids)
-        num_bytes = len(block_ids) * sum(region.block_len for region in self._regions)
-        posted = Posted(peer_id, direction, transfer_id, tuple(block_ids), num_bytes)
+        check_selection(self._regions, block_ids, heads)
+        num_bytes = len(block_ids) * sum(slice_len(region, heads) for region in self._regions)
+        posted = Posted(peer_id, direction, transfer_id, tuple(block_ids), heads, num_bytes)
         self._ledger.post(posted)
         return posted
 
@@ -136,18 +162,18 @@ class HostTransport(Transport):
                 for posted in self._ledger.posted(event.peer_id, Direction.SENDING):
                     self._start_sending(posted)
             case Mark.PAYLOAD_END:
-                self._handle_payload_end(event.peer_id)
+                self._handle_payload_end(event)
             case Mark.LOST:
                 self._fail(event.peer_id, event.reason, event.direction)
             case bytes() as frame:
-                self._handle_frame(event.peer_id, event.direction, frame)
+                self._handle_frame(event, frame)
 
     def _lose(self, peer_id: str, direction: Direction, reason: str) -> None:
-        """Close a link whose other end broke the rules."""
-        self._links.drop_link(peer_id, direction)
+        """Close the links of a direction whose other end broke the rules."""
+        self._links.drop_links(peer_id, direction)
         self._fail(peer_id, reason, direction)
 
     def _fail(self, peer_id: str, reason: str, direction: Direction | None = None) -> None:
+        for lost in Direction if direction is None else (direction,):
+            self._forget(peer_id, lost)
         self._ledger.fail_peer(peer_id, PeerLostError(f"{self.name}: {reason}"), direction)
-        if direction is not Direction.SENDING:
-            self._forget(peer_id)

@@ -9,8 +9,9 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from vllm_pd.config import Digests
 from vllm_pd.errors import LocalProtocolError, TransferError
-from vllm_pd.transport.base import TransferOutcome
+from vllm_pd.transport.base import Heads, TransferOutcome
 from vllm_pd.transport.links import Direction
 
 
@@ -19,19 +20,32 @@ class Posted:
     """One half of a transfer, from its posting to its outcome.
 
     Attributes:
+        peer_id: with whom.
+        direction: which half.
+        transfer_id: the same on both sides.
+        block_ids: blocks of this worker.
+        heads: the heads of each block; None for all.
+        num_bytes: what moves.
+        digests: how much this side vouches for, if it sends.
         is_busy: a thread touches the blocks; the outcome waits until it stopped.
         is_copied: the copy is complete and waits for the other side's word.
+        is_over: nothing touches the blocks any more; the outcome is due.
+        error: why it failed.
+        verify_s: seconds spent on digests.
     """
 
     peer_id: str
     direction: Direction
     transfer_id: int
     block_ids: Sequence[int]
+    heads: Heads | None
     num_bytes: int
+    digests: Digests = Digests.OFF
     is_busy: bool = False
     is_copied: bool = False
     is_over: bool = False
     error: TransferError | None = None
+    verify_s: float = 0.0
 
 
 class Ledger:
@@ -91,7 +105,13 @@ class Ledger:
                 posted = queue.popleft()
                 num_bytes = 0 if posted.error else posted.num_bytes
                 outcomes.append(
-                    TransferOutcome(posted.peer_id, posted.transfer_id, num_bytes, posted.error)
+                    TransferOutcome(
+                        posted.peer_id,
+                        posted.transfer_id,
+                        num_bytes,
+                        posted.error,
+                        posted.verify_s,
+                    )
                 )
             if not queue:
                 del self._posted[key]

@@ -1,9 +1,9 @@
-"""Data links: non-blocking stream sockets between the workers of one transport.
+"""The data links of one transport: who may connect, and what happens on them.
 
-A Link carries length-prefixed frames and, between them, raw payload straight
-from or into registered memory. A LinkPool owns the listening socket, an epoll
-instance and the links to all peers. The consumer connects; its first frame says
-who it is and shows the secret that the producer gave it in the handshake.
+A LinkPool owns the listening socket, an epoll instance and the links to all
+peers. The consumer connects, once or several times; the first frame of each
+connection says who it is and shows the secret that the producer gave it in the
+handshake.
 """
 
 from __future__ import annotations
@@ -17,23 +17,22 @@ import os
 import secrets
 import select
 import socket
-import struct
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import msgspec
 
 from vllm_pd.errors import LocalProtocolError, RemoteProtocolError
+from vllm_pd.transport.link import Link, Mark, Outgoing
+from vllm_pd.transport.tls import TlsSocket
+from vllm_pd.transport.wakeup import Wakeup
 
 logger = logging.getLogger(__name__)
 
 MAX_FRAME_LEN = 64 * 1024 * 1024
 MAX_GREETING_LEN = 256
 MAX_UNGREETED = 64
-_MAX_IOV = 512
-_READ_BUDGET = 64 * 1024 * 1024  # bytes per poll and link, so that no peer starves the others
-_HEADER = struct.Struct("!I")
+MAX_STREAMS = 64
 
 
 class Endpoint(msgspec.Struct, frozen=True, kw_only=True):
@@ -53,147 +52,23 @@ class Endpoint(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Greeting(msgspec.Struct, frozen=True, kw_only=True):
-    """First frame of a connection, from the consumer."""
+    """First frame of a connection, from the consumer.
+
+    Attributes:
+        peer_id: of the session that both sides know.
+        token: the producer's secret.
+        stream: which of the consumer's connections this is.
+        num_streams: how many there will be.
+    """
 
     peer_id: str
     token: bytes
+    stream: int = 0
+    num_streams: int = 1
 
-
-class Mark(enum.Enum):
-    """What can happen on a link besides the arrival of a frame."""
-
-    UP = enum.auto()  # the peer has connected and shown who it is
-    PAYLOAD_END = enum.auto()  # the expected payload has arrived
-    LOST = enum.auto()
-
-
-class Link:
-    """One connected stream socket.
-
-    Every method is called by one thread and never blocks. OSError means that
-    the link is lost.
-    """
-
-    def __init__(self, sock: socket.socket, *, max_frame_len: int, takes_fds: bool = False) -> None:
-        sock.settimeout(0.0)
-        self._sock = sock
-        self._takes_fds = takes_fds
-        self.max_frame_len = max_frame_len
-        self.paused = False
-        self.received_fds: list[int] = []
-        self._out: deque[memoryview] = deque()
-        self._in = bytearray()
-        self._wanted = _HEADER.size
-        self._in_header = True
-        self._payload: deque[memoryview] = deque()
-        self._payload_ended = False
-
-    def fileno(self) -> int:
-        """Return the socket's descriptor; -1 once closed."""
-        return self._sock.fileno()
-
-    @property
-    def wants_write(self) -> bool:
-        """Whether bytes wait for the socket to take them."""
-        return bool(self._out)
-
-    def send_frame(self, frame: bytes, payload: Sequence[memoryview] = ()) -> None:
-        """Queue a frame and the payload that follows it; memory is read when sent."""
-        self._out.append(memoryview(_HEADER.pack(len(frame)) + frame))
-        self._out.extend(part for part in payload if part.nbytes)
-        self.flush()
-
-    def send_frame_with_fds(self, frame: bytes, fds: Sequence[int]) -> None:
-        """Send the first frame of a Unix link together with descriptors."""
-        if self._out:
-            raise LocalProtocolError("descriptors must travel with the first frame")
-        data = _HEADER.pack(len(frame)) + frame
-        sent = socket.send_fds(self._sock, [data], list(fds)) if fds else 0
-        if sent < len(data):
-            self._out.append(memoryview(data)[sent:])
-            self.flush()
-
-    def flush(self) -> None:
-        """Send as much as the socket takes now."""
-        while self._out:
-            parts = [self._out[i] for i in range(min(len(self._out), _MAX_IOV))]
-            try:
-                sent = self._sock.sendmsg(parts)
-            except (BlockingIOError, InterruptedError):
-                return
-            _consume(self._out, sent)
-
-    def expect_payload(self, parts: Sequence[memoryview]) -> None:
-        """Receive the bytes that follow the current frame into ``parts``."""
-        self._payload.extend(part for part in parts if part.nbytes)
-
-    def receive(self) -> Iterator[bytes | Mark]:
-        """Yield what has arrived, until the socket is empty, the link paused or the budget spent.
-
-        Raises:
-            OSError: the link is lost.
-            RemoteProtocolError: the peer sent a frame that is too long.
-        """
-        budget = _READ_BUDGET
-        while budget > 0 and not self.paused and self.fileno() >= 0:
-            try:
-                num_read = self._read_payload() if self._payload else self._read_frame_part()
-            except (BlockingIOError, InterruptedError):
-                return
-            if num_read == 0:
-                raise ConnectionResetError("closed by the peer")
-            budget -= num_read
-            if not self._in_header and self._wanted == len(self._in):
-                frame, self._in = bytes(self._in), bytearray()
-                self._in_header, self._wanted = True, _HEADER.size
-                yield frame
-            elif self._payload_ended:
-                self._payload_ended = False
-                yield Mark.PAYLOAD_END
-
-    def _read_payload(self) -> int:
-        parts = [self._payload[i] for i in range(min(len(self._payload), _MAX_IOV))]
-        num_read = self._sock.recvmsg_into(parts)[0]
-        _consume(self._payload, num_read)
-        self._payload_ended = not self._payload
-        return num_read
-
-    def _read_frame_part(self) -> int:
-        num_wanted = min(self._wanted - len(self._in), 1 << 20)
-        if self._takes_fds:
-            data, fds, _, _ = socket.recv_fds(self._sock, num_wanted, 64, socket.MSG_CMSG_CLOEXEC)
-            self.received_fds += fds
-        else:
-            data = self._sock.recv(num_wanted)
-        self._in += data
-        if self._in_header and len(self._in) == _HEADER.size:
-            (length,) = _HEADER.unpack(self._in)
-            if not 0 < length <= self.max_frame_len:
-                raise RemoteProtocolError(f"frame of {length} bytes")
-            self._in, self._in_header, self._wanted = bytearray(), False, length
-        return len(data)
-
-    def close_received_fds(self) -> None:
-        """Close the descriptors that came with frames."""
-        for fd in self.received_fds:
-            with contextlib.suppress(OSError):
-                os.close(fd)
-        self.received_fds = []
-
-    def close(self) -> None:
-        """Close the socket and descriptors nobody took; idempotent."""
-        self._out.clear()
-        self._payload.clear()
-        self.close_received_fds()
-        self._sock.close()
-
-
-def _consume(parts: deque[memoryview], num_bytes: int) -> None:
-    while num_bytes:
-        if parts[0].nbytes > num_bytes:
-            parts[0] = parts[0][num_bytes:]
-            return
-        num_bytes -= parts.popleft().nbytes
+    def __post_init__(self) -> None:
+        if not 0 <= self.stream < self.num_streams <= MAX_STREAMS:
+            raise ValueError(f"stream {self.stream} of {self.num_streams}")
 
 
 class Direction(enum.Enum):
@@ -205,18 +80,30 @@ class Direction(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class LinkEvent:
-    """A frame arrived from a peer, or something else happened on the link to it."""
+    """A frame arrived from a peer, or something else happened on a link to it."""
 
     peer_id: str
     direction: Direction
     item: bytes | Mark
+    stream: int = 0
     reason: str = ""
 
 
 @dataclass(slots=True)
 class _Peer:
     endpoint: Endpoint
-    links: dict[Direction, Link] = field(default_factory=dict)
+    num_streams: dict[Direction, int]
+    links: dict[tuple[Direction, int], Link] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class _Entry:
+    """A link and whose it is; None until it has greeted."""
+
+    link: Link
+    peer_id: str | None
+    direction: Direction
+    stream: int = 0
 
 
 class LinkPool:
@@ -227,16 +114,21 @@ class LinkPool:
         listener: bound and listening socket; the pool owns it.
         connect: opens a non-blocking socket to an endpoint.
         check_peer: raises OSError when a fresh socket's other end is not trusted.
+        secure: turns a socket into an encrypted one; the second argument tells
+            whether it was accepted.
+        num_streams: connections to make to each peer.
         takes_fds: whether links carry descriptors (Unix sockets).
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - each is another decision of a transport
         self,
         scheme: str,
         listener: socket.socket,
         connect: Callable[[Endpoint], socket.socket],
         *,
         check_peer: Callable[[socket.socket], None] = lambda _: None,
+        secure: Callable[[socket.socket, bool], TlsSocket] | None = None,
+        num_streams: int = 1,
         takes_fds: bool = False,
     ) -> None:
         listener.settimeout(0.0)
@@ -244,14 +136,19 @@ class LinkPool:
         self._listener = listener
         self._connect = connect
         self._check_peer = check_peer
+        self._secure = secure
+        self._num_streams = num_streams
         self._takes_fds = takes_fds
         self._token = secrets.token_bytes(32)
         self._peers: dict[str, _Peer] = {}
-        self._links: dict[int, tuple[Link, str | None, Direction]] = {}
+        self._entries: dict[int, _Entry] = {}
+        self._eager: set[int] = set()  # descriptors of links with bytes that epoll does not show
+        self._again = Wakeup()  # shows that there are some
         self._lost: list[LinkEvent] = []
         self._spare_fd = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
         self._epoll = select.epoll()
         self._epoll.register(listener.fileno(), select.EPOLLIN)
+        self._epoll.register(self._again.fileno(), select.EPOLLIN)
 
     def watch(self, fd: int) -> None:
         """Make ``fileno`` readable when ``fd`` is; the caller reads it."""
@@ -281,7 +178,8 @@ class LinkPool:
         """Let a peer connect, and be connected to."""
         if peer_id in self._peers:
             raise LocalProtocolError(f"peer {peer_id} is there already")
-        self._peers[peer_id] = _Peer(self.parse_endpoint(endpoint))
+        streams = {Direction.SENDING: 1, Direction.RECEIVING: self._num_streams}
+        self._peers[peer_id] = _Peer(self.parse_endpoint(endpoint), streams)
 
     def has_peer(self, peer_id: str) -> bool:
         """Return whether ``add_peer`` was called and ``remove_peer`` was not."""
@@ -293,30 +191,55 @@ class LinkPool:
             for link in peer.links.values():
                 self._drop(link)
 
-    def drop_link(self, peer_id: str, direction: Direction) -> None:
-        """Close one link to a peer because it broke the rules; the peer stays known."""
-        if (peer := self._peers.get(peer_id)) and (link := peer.links.pop(direction, None)):
+    def drop_links(self, peer_id: str, direction: Direction) -> None:
+        """Close the links of one direction; the peer stays known."""
+        for link in self.links(peer_id, direction):
             self._drop(link)
+        if peer := self._peers.get(peer_id):
+            peer.links = {key: link for key, link in peer.links.items() if key[0] is not direction}
 
-    def link(self, peer_id: str, direction: Direction) -> Link | None:
-        """Return the link if it is up."""
-        return self._peers[peer_id].links.get(direction) if peer_id in self._peers else None
+    def link(self, peer_id: str, direction: Direction, stream: int = 0) -> Link | None:
+        """Return a link if it is there."""
+        peer = self._peers.get(peer_id)
+        return peer.links.get((direction, stream)) if peer else None
 
-    def open_link(self, peer_id: str) -> None:
+    def links(self, peer_id: str, direction: Direction) -> list[Link]:
+        """Return the links of one direction that are there."""
+        peer = self._peers.get(peer_id)
+        return [link for key, link in peer.links.items() if key[0] is direction] if peer else []
+
+    def is_up(self, peer_id: str, direction: Direction) -> bool:
+        """Return whether all links of one direction are there."""
+        peer = self._peers.get(peer_id)
+        return peer is not None and (
+            len(self.links(peer_id, direction)) == peer.num_streams[direction]
+        )
+
+    def open_links(self, peer_id: str) -> None:
         """Connect to a peer unless that is done; failure shows up as a lost link."""
+        if self.links(peer_id, Direction.RECEIVING):
+            return
         peer = self._peers[peer_id]
-        if Direction.RECEIVING in peer.links:
-            return
-        try:
-            sock = self._connect(peer.endpoint)
-        except OSError as exc:
-            self._lost.append(LinkEvent(peer_id, Direction.RECEIVING, Mark.LOST, str(exc)))
-            return
-        link = Link(sock, max_frame_len=MAX_FRAME_LEN, takes_fds=self._takes_fds)
-        peer.links[Direction.RECEIVING] = link
-        self._register(link, peer_id, Direction.RECEIVING)
-        greeting = Greeting(peer_id=peer_id, token=peer.endpoint.token)
-        self.send(peer_id, Direction.RECEIVING, msgspec.msgpack.encode(greeting))
+        for stream in range(self._num_streams):
+            try:
+                sock = self._connect(peer.endpoint)
+            except OSError as exc:
+                self._lose(peer_id, Direction.RECEIVING, str(exc))
+                return
+            self._open_link(peer_id, peer, stream, sock)
+
+    def _open_link(self, peer_id: str, peer: _Peer, stream: int, sock: socket.socket) -> None:
+        secured = self._secure(sock, False) if self._secure else sock  # noqa: FBT003
+        link = Link(secured, max_frame_len=MAX_FRAME_LEN, takes_fds=self._takes_fds)
+        peer.links[Direction.RECEIVING, stream] = link
+        self._register(_Entry(link, peer_id, Direction.RECEIVING, stream))
+        greeting = Greeting(
+            peer_id=peer_id,
+            token=peer.endpoint.token,
+            stream=stream,
+            num_streams=self._num_streams,
+        )
+        self.send(peer_id, Direction.RECEIVING, msgspec.msgpack.encode(greeting), stream=stream)
 
     def send(
         self,
@@ -324,29 +247,48 @@ class LinkPool:
         direction: Direction,
         frame: bytes,
         *,
-        payload: Sequence[memoryview] = (),
+        stream: int = 0,
         fds: Sequence[int] = (),
     ) -> None:
-        """Queue a frame on a link that is up; failure shows up as a lost link."""
-        link = self.link(peer_id, direction)
+        """Queue a frame on a link that is there; failure shows up as a lost link."""
+        link = self.link(peer_id, direction, stream)
         if link is None:
             return
         try:
             if fds:
                 link.send_frame_with_fds(frame, fds)
             else:
-                link.send_frame(frame, payload)
+                link.send_frame(frame)
         except OSError as exc:
             self._lose(peer_id, direction, str(exc))
         else:
             self.update(link)
 
+    def feed(self, peer_id: str, direction: Direction, feed: Callable[[], Outgoing | None]) -> None:
+        """Let links take what they send from a function, whenever they have nothing else."""
+        for link in self.links(peer_id, direction):
+            link.feed = feed
+
+    def kick(self, peer_id: str, direction: Direction) -> None:
+        """Tell links that the feed has something; failure shows up as a lost link."""
+        for link in self.links(peer_id, direction):
+            try:
+                link.flush()
+            except OSError as exc:
+                self._lose(peer_id, direction, str(exc))
+                return
+            self.update(link)
+
     def update(self, link: Link) -> None:
         """Tell epoll what a link waits for, after sending, pausing or resuming."""
-        if link.fileno() in self._links:
+        fd = link.fileno()
+        if fd in self._entries:
             events = 0 if link.paused else select.EPOLLIN
-            events |= select.EPOLLOUT if link.wants_write else 0
-            self._epoll.modify(link.fileno(), events)
+            events |= select.EPOLLOUT if link.waits_to_write else 0
+            self._epoll.modify(fd, events)
+            if link.has_pending and not link.paused:
+                self._eager.add(fd)
+                self._again.set()
 
     def fileno(self) -> int:
         """Return a descriptor that is readable while ``poll`` has something to do."""
@@ -355,53 +297,61 @@ class LinkPool:
     def poll(self) -> Iterator[LinkEvent]:
         """Make progress on all links without blocking; yield what arrived.
 
-        A link lost while sending shows up here without ``fileno`` being
+        A link that was lost while sending shows up here without ``fileno`` being
         readable: call this once after sending. The caller may send, pause and
         remove while it iterates.
         """
-        lost, self._lost = self._lost, []
-        yield from lost
-        for fd, events in [] if self._epoll.closed else self._epoll.poll(0):
+        yield from self._take_lost()
+        ready = {} if self._epoll.closed else dict(self._epoll.poll(0))
+        if self._eager:
+            self._again.clear()
+            for fd in self._eager:
+                ready.setdefault(fd, select.EPOLLIN)
+            self._eager = set()
+        for fd, events in ready.items():
             if fd == self._listener.fileno():
                 self._accept()
-            elif fd in self._links:
-                yield from self._serve(fd, events)
-        lost, self._lost = self._lost, []
-        yield from lost
+            elif fd in self._entries:
+                yield from self._serve(self._entries[fd], events)
+        yield from self._take_lost()
 
     def close(self) -> None:
         """Close everything; idempotent."""
-        for link, _, _ in list(self._links.values()):
-            self._drop(link)
+        for entry in list(self._entries.values()):
+            self._drop(entry.link)
         self._peers.clear()
         if not self._epoll.closed:
             self._epoll.close()
             os.close(self._spare_fd)
+        self._again.close()
         self._listener.close()
 
-    def _serve(self, fd: int, events: int) -> Iterator[LinkEvent]:
-        link, peer_id, direction = self._links[fd]
+    def _take_lost(self) -> list[LinkEvent]:
+        lost, self._lost = self._lost, []
+        return lost
+
+    def _serve(self, entry: _Entry, events: int) -> Iterator[LinkEvent]:
+        link = entry.link
         try:
-            if events & select.EPOLLOUT:
-                link.flush()
-                self.update(link)
             if link.paused and events & (select.EPOLLHUP | select.EPOLLERR):
                 raise ConnectionResetError("closed by the peer")
-            if events & ~select.EPOLLOUT:
+            if events != select.EPOLLOUT or link.is_encrypted:
                 for item in link.receive():
-                    if peer_id is None:
-                        peer_id = self._greet(link, item)
-                        yield LinkEvent(peer_id, direction, Mark.UP)
-                    else:
-                        yield LinkEvent(peer_id, direction, item)
+                    if entry.peer_id is not None:
+                        yield LinkEvent(entry.peer_id, entry.direction, item, entry.stream)
+                    elif peer_id := self._greet(entry, item):
+                        yield LinkEvent(peer_id, entry.direction, Mark.UP)
+            # After receiving: TLS may have waited for bytes before it could send.
+            link.flush()
+            self.update(link)
         except (OSError, RemoteProtocolError) as exc:
-            if peer_id is None:
+            if entry.peer_id is None:
                 # A peer that only looks whether we are there closes at once.
                 level = logging.DEBUG if isinstance(exc, OSError) else logging.WARNING
                 logger.log(level, "%s: dropped a connection: %s", self._scheme, exc)
                 self._drop(link)
-            elif self.link(peer_id, direction) is link:
-                self._lose(peer_id, direction, str(exc))
+            elif self.link(entry.peer_id, entry.direction, entry.stream) is link:
+                self._lose(entry.peer_id, entry.direction, str(exc))
 
     def _accept(self) -> None:
         try:
@@ -416,11 +366,12 @@ class LinkPool:
             logger.warning("%s: refused a connection: %s", self._scheme, exc)
             sock.close()
             return
-        ungreeted = [link for link, peer_id, _ in self._links.values() if peer_id is None]
+        ungreeted = [entry.link for entry in self._entries.values() if entry.peer_id is None]
         if len(ungreeted) >= MAX_UNGREETED:
             self._drop(ungreeted[0])
-        link = Link(sock, max_frame_len=MAX_GREETING_LEN)
-        self._register(link, None, Direction.SENDING)
+        secured = self._secure(sock, True) if self._secure else sock  # noqa: FBT003
+        link = Link(secured, max_frame_len=MAX_GREETING_LEN)
+        self._register(_Entry(link, None, Direction.SENDING))
 
     def _turn_away(self) -> None:
         """Accept and close a connection although descriptors have run out.
@@ -433,8 +384,8 @@ class LinkPool:
             self._listener.accept()[0].close()
         self._spare_fd = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
 
-    def _greet(self, link: Link, item: bytes | Mark) -> str:
-        """Check the first frame of an accepted connection; return whose it is."""
+    def _greet(self, entry: _Entry, item: bytes | Mark) -> str | None:
+        """Check the first frame of a connection; return the peer if all of its are there."""
         try:
             greeting = msgspec.msgpack.decode(
                 item if isinstance(item, bytes) else b"", type=Greeting
@@ -444,22 +395,24 @@ class LinkPool:
         if not hmac.compare_digest(greeting.token, self._token):
             raise RemoteProtocolError("greeting with a wrong token")
         peer = self._peers.get(greeting.peer_id)
-        if peer is None or Direction.SENDING in peer.links:
+        if peer is None or (Direction.SENDING, greeting.stream) in peer.links:
             raise RemoteProtocolError("greeting of an unknown or connected peer")
-        peer.links[Direction.SENDING] = link
-        self._links[link.fileno()] = (link, greeting.peer_id, Direction.SENDING)
-        link.max_frame_len = MAX_FRAME_LEN
-        return greeting.peer_id
+        peer.links[Direction.SENDING, greeting.stream] = entry.link
+        peer.num_streams[Direction.SENDING] = greeting.num_streams
+        entry.peer_id, entry.stream = greeting.peer_id, greeting.stream
+        entry.link.max_frame_len = MAX_FRAME_LEN
+        return entry.peer_id if self.is_up(entry.peer_id, Direction.SENDING) else None
 
-    def _register(self, link: Link, peer_id: str | None, direction: Direction) -> None:
-        self._links[link.fileno()] = (link, peer_id, direction)
-        self._epoll.register(link.fileno(), select.EPOLLIN)
+    def _register(self, entry: _Entry) -> None:
+        self._entries[entry.link.fileno()] = entry
+        self._epoll.register(entry.link.fileno(), select.EPOLLIN)
 
     def _lose(self, peer_id: str, direction: Direction, reason: str) -> None:
-        self.drop_link(peer_id, direction)
-        self._lost.append(LinkEvent(peer_id, direction, Mark.LOST, reason))
+        self.drop_links(peer_id, direction)
+        self._lost.append(LinkEvent(peer_id, direction, Mark.LOST, reason=reason))
 
     def _drop(self, link: Link) -> None:
-        if self._links.pop(link.fileno(), None) and not self._epoll.closed:
+        self._eager.discard(link.fileno())
+        if self._entries.pop(link.fileno(), None) and not self._epoll.closed:
             self._epoll.unregister(link.fileno())
         link.close()

@@ -6,10 +6,11 @@ Nothing here knows of transfers. Addresses are plain integers of this process.
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import logging
 import mmap
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from vllm_pd.errors import TransportUnavailableError
@@ -18,6 +19,9 @@ logger = logging.getLogger(__name__)
 
 PAGE_LEN = mmap.PAGESIZE
 _MAP_FIXED = 0x10
+_MADV_HUGEPAGE = 14
+_IOV_MAX = 1024
+_BATCH_LEN = 1 << 30  # the kernel stops after 2 GiB
 _MAP_FAILED = ctypes.c_void_p(-1).value
 _PROBE_LEN = 1 << 20
 
@@ -33,6 +37,31 @@ _libc.mmap.argtypes = [
 ]
 _libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
 _libc.memcmp.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
+_libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+
+
+class _IoVec(ctypes.Structure):
+    _fields_ = (("base", ctypes.c_void_p), ("length", ctypes.c_size_t))
+
+
+_libc.process_vm_readv.restype = ctypes.c_ssize_t
+_libc.process_vm_readv.argtypes = [
+    ctypes.c_int,
+    ctypes.POINTER(_IoVec),
+    ctypes.c_ulong,
+    ctypes.POINTER(_IoVec),
+    ctypes.c_ulong,
+    ctypes.c_ulong,
+]
+_libc.prctl.argtypes = [
+    ctypes.c_int,
+    ctypes.c_ulong,
+    ctypes.c_ulong,
+    ctypes.c_ulong,
+    ctypes.c_ulong,
+]
+_PR_SET_PTRACER = 0x59616D61
+_PR_SET_PTRACER_ANY = ctypes.c_ulong(-1).value
 
 
 def view(addr: int, num_bytes: int) -> memoryview:
@@ -40,9 +69,58 @@ def view(addr: int, num_bytes: int) -> memoryview:
     return memoryview((ctypes.c_char * num_bytes).from_address(addr)).cast("B")
 
 
+def address_of(data: bytearray) -> int:
+    """Return where a buffer is; the caller keeps it alive and does not resize it."""
+    return ctypes.addressof((ctypes.c_char * len(data)).from_buffer(data))
+
+
 def copy(dst: int, src: int, num_bytes: int) -> None:
     """Copy bytes; the GIL is released meanwhile (ctypes does so for C calls)."""
     ctypes.memmove(dst, src, num_bytes)
+
+
+def allow_reading() -> None:
+    """Let processes of this user read this process's memory.
+
+    Where the Yama security module restricts that to ancestors, a process can lift
+    it for itself; elsewhere the call fails and nothing is needed.
+    """
+    _libc.prctl(_PR_SET_PTRACER, _PR_SET_PTRACER_ANY, 0, 0, 0)
+
+
+def read_process(pid: int, moves: Sequence[tuple[int, int, int]]) -> None:
+    """Copy from another process's memory into ours; the GIL is released meanwhile.
+
+    Args:
+        pid: the process, as this process's pid namespace numbers it.
+        moves: ``(dst, src, num_bytes)``, ``src`` being an address over there.
+
+    Raises:
+        OSError: the kernel refused, the process is gone, or an address is not mapped.
+    """
+    for batch in _batches(moves):
+        count = len(batch)
+        local = (_IoVec * count)(*[_IoVec(dst, length) for dst, _, length in batch])
+        remote = (_IoVec * count)(*[_IoVec(src, length) for _, src, length in batch])
+        wanted = sum(length for _, _, length in batch)
+        num_read = _libc.process_vm_readv(pid, local, count, remote, count, 0)
+        if num_read != wanted:
+            code = ctypes.get_errno() if num_read < 0 else 0
+            raise OSError(code, os.strerror(code) if code else f"{num_read} bytes of {wanted}")
+
+
+def _batches(moves: Sequence[tuple[int, int, int]]) -> Iterator[list[tuple[int, int, int]]]:
+    """Split moves so that the kernel takes each batch in one call."""
+    batch: list[tuple[int, int, int]] = []
+    batch_len = 0
+    for move in moves:
+        if batch and (len(batch) == _IOV_MAX or batch_len + move[2] > _BATCH_LEN):
+            yield batch
+            batch, batch_len = [], 0
+        batch.append(move)
+        batch_len += move[2]
+    if batch:
+        yield batch
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,11 +187,13 @@ def share_pages(addr: int, num_bytes: int) -> SharedSpan:
         TransportUnavailableError: the kernel refused; the memory is as it was.
     """
     try:
-        fd = os.memfd_create("vllm-pd-kv", os.MFD_CLOEXEC)
+        fd = os.memfd_create("vllm-pd-kv", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     except OSError as exc:
         raise TransportUnavailableError(f"memfd_create: {exc.strerror}") from exc
     try:
         os.ftruncate(fd, num_bytes)
+        # A reader of a file that shrinks is killed by the kernel: rule it out.
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
         staging = _map(0, num_bytes, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_SHARED, fd)
         try:
             _copy_nonzero(staging, addr, num_bytes)
@@ -121,6 +201,8 @@ def share_pages(addr: int, num_bytes: int) -> SharedSpan:
             _libc.munmap(staging, num_bytes)
         flags = mmap.MAP_SHARED | _MAP_FIXED
         _map(addr, num_bytes, mmap.PROT_READ | mmap.PROT_WRITE, flags, fd)
+        # Where the kernel has huge pages for shared memory on request; else it does nothing.
+        _libc.madvise(addr, num_bytes, _MADV_HUGEPAGE)
     except OSError as exc:
         os.close(fd)
         raise TransportUnavailableError(f"cannot remap the KV cache: {exc.strerror}") from exc
@@ -131,8 +213,11 @@ def map_span(remote_addr: int, num_bytes: int, fd: int) -> MappedSpan:
     """Map a peer's SharedSpan read-only; the fd may be closed afterwards.
 
     Raises:
-        OSError: the kernel refused, or the file is shorter than ``num_bytes``.
+        OSError: the kernel refused, or the file is shorter than ``num_bytes`` or may
+            become so.
     """
+    if not fcntl.fcntl(fd, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK:  # raises if no memfd
+        raise OSError("the peer could shrink its memory file")
     if os.fstat(fd).st_size < num_bytes:
         raise OSError("the peer's memory file is shorter than announced")
     return MappedSpan(

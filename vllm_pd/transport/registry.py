@@ -6,11 +6,14 @@ A plugin adds a transport by declaring an entry point; nothing here changes.
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Sequence
 from importlib.metadata import entry_points
 
 from vllm_pd.errors import ConfigError, TransportUnavailableError
 from vllm_pd.transport.base import KVRegion, Transport, TransportOptions
+from vllm_pd.transport.fault_spec import VARIABLE, FaultSpec, faults_from
+from vllm_pd.transport.faults import FaultyTransport, faulty_options
 
 logger = logging.getLogger(__name__)
 
@@ -24,8 +27,8 @@ def known_names() -> list[str]:
     return sorted({entry.name for entry in entry_points(group=GROUP)})
 
 
-def create(name: str, options: TransportOptions) -> Transport:
-    """Load and make one transport.
+def create(name: str, options: TransportOptions, faults: FaultSpec | None = None) -> Transport:
+    """Load and make one transport, with faults if there are to be any.
 
     Raises:
         ConfigError: there is no transport of that name.
@@ -38,14 +41,20 @@ def create(name: str, options: TransportOptions) -> Transport:
         kind = found[0].load()
     except ImportError as exc:
         raise TransportUnavailableError(f"transport {name}: {exc}") from exc
-    transport: Transport = kind(options)
-    return transport
+    if faults is None:
+        transport: Transport = kind(options)
+        return transport
+    if name in faults.refuse:
+        raise TransportUnavailableError(f"transport {name} is refused by {VARIABLE}")
+    return FaultyTransport(kind(faulty_options(options, faults, name)), faults)
 
 
 def open_transports(
     names: Sequence[str] | None, regions: Sequence[KVRegion], options: TransportOptions
-) -> dict[str, Transport]:
+) -> tuple[dict[str, Transport], dict[str, str]]:
     """Make transports and register the KV cache with them.
+
+    Faults are injected if the environment asks for them.
 
     Args:
         names: the transports to offer, best first; all must work. None: all of
@@ -54,18 +63,21 @@ def open_transports(
         options: for every transport.
 
     Returns:
-        Transports by name, best first.
+        Transports by name, best first, and why others are not among them.
 
     Raises:
-        ConfigError: a named transport is unknown.
+        ConfigError: a named transport is unknown, or the faults are.
         TransportUnavailableError: a named transport does not work, or none does.
     """
+    faults = faults_from(os.environ, known_names())
+    if faults is not None:
+        logger.warning("faults are injected into all transfers, by %s=%s", VARIABLE, faults)
     wanted = names if names is not None else [n for n in AUTO_ORDER if n in known_names()]
     transports: dict[str, Transport] = {}
-    problems: list[str] = []
+    problems: dict[str, str] = {}
     for name in wanted:
         try:
-            transport = create(name, options)
+            transport = create(name, options, faults)
             try:
                 transport.register_regions(regions)
             except TransportUnavailableError:
@@ -77,11 +89,12 @@ def open_transports(
                     opened.close()
                 raise
             logger.warning("transport %s is not used: %s", name, exc)
-            problems.append(f"{name}: {exc}")
+            problems[name] = str(exc)
         else:
             transports[name] = transport
     if not transports:
         raise TransportUnavailableError(
-            f"no transport can reach the KV cache ({'; '.join(problems) or 'none installed'})"
+            "no transport can reach the KV cache "
+            f"({'; '.join(f'{n}: {p}' for n, p in problems.items()) or 'none installed'})"
         )
-    return transports
+    return transports, problems

@@ -19,7 +19,7 @@ from vllm_pd.session.producer import Grant
 
 CONFIG = ConnectorConfig(lease_s=20.0)
 TP_SIZE = 2
-SHAPE = (8, 2, 16, 128)  # blocks, heads, block_size, 2 * head_size
+SHAPE = (8, 1, 16, 128)  # blocks, heads, block_size, 2 * head_size
 
 
 class Engine:

@@ -22,6 +22,7 @@ REMOTE = RemotePrefill(
     remote_port=5600,
     remote_num_tokens=40,
     remote_prompt_digest="abc",
+    remote_lease_s=30.0,
 )
 
 
@@ -47,6 +48,11 @@ def test_no_remote_prefill(params: dict[str, object] | None) -> None:
         {"transfer_id": ""},
         {"transfer_id": "x" * 1000},
         {"remote_host": None},
+        {"remote_host": "half a character: \ud800"},
+        {"transfer_id": "\ud800"},
+        {"remote_lease_s": -1.0},
+        {"remote_lease_s": float("nan")},
+        {"remote_lease_s": float("inf")},
     ],
 )
 def test_unusable_params_blame_the_sender(change: dict[str, object]) -> None:
@@ -78,3 +84,11 @@ def test_digest_tells_prompts_and_adapters_apart() -> None:
     }
     assert len(digests) == 4
     assert prompt_digest([1, 2, 3]) == prompt_digest((1, 2, 3))
+
+
+def test_how_long_another_connectors_lease_lasts_is_unknown() -> None:
+    params = remote_prefill_params(REMOTE, block_ids=[], tp_size=1)
+    del params["remote_lease_s"]
+    remote = parse_remote_prefill(params)
+    assert remote is not None
+    assert remote.remote_lease_s == 0.0

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from tests.transport_conformance import BLOCK_LENS, NUM_BLOCKS, Worker, make_worker
@@ -31,7 +32,14 @@ from vllm_pd.transport.base import TransferOutcome, Transport, TransportOptions
 from vllm_pd.transport.shm import ShmTransport
 from vllm_pd.transport.tcp import TcpTransport
 
-LAYOUT = KVLayout(region_names=("layer.0", "layer.1"), block_lens=BLOCK_LENS, num_blocks=NUM_BLOCKS)
+LAYOUT = KVLayout(
+    region_names=("layer.0", "layer.1"),
+    num_rows=(1, 1),
+    head_lens=BLOCK_LENS,
+    num_heads=1,
+    num_blocks=NUM_BLOCKS,
+)
+ONE_HEAD = msgspec.structs.replace(FINGERPRINT, num_kv_heads=1)
 CONFIG = ConnectorConfig(lease_s=20.0, handshake_timeout_s=5.0, transfer_timeout_s=10.0)
 
 
@@ -69,7 +77,7 @@ def make_engine(
     config: ConnectorConfig = CONFIG,
     *,
     kind: type[Transport] = ShmTransport,
-    fingerprint: Fingerprint = FINGERPRINT,
+    fingerprint: Fingerprint = ONE_HEAD,
 ) -> Engine:
     engine_id = secrets.token_hex(4)
     transport = kind(TransportOptions())  # type: ignore[call-arg]
@@ -111,7 +119,9 @@ def test_blocks_of_a_granted_prefill_arrive_and_are_freed(pair: tuple[Engine, En
     producer.manager.grant(GRANT)
     consumer.manager.fetch(fetch_request(producer, block_offset=1))
     result = consumer.wait_fetched()
-    assert (result.error, result.block_ids, result.num_bytes) == (None, (1, 5), 2 * sum(BLOCK_LENS))
+    assert (result.error, result.block_ids) == (None, (1, 5))
+    assert result.record.num_bytes == 2 * sum(BLOCK_LENS)
+    assert result.record.num_bytes_saved == sum(BLOCK_LENS)  # block 0 was not asked for
     assert consumer.worker.block(0, 1) == producer.worker.block(0, 2)
     assert consumer.worker.block(1, 5) == producer.worker.block(1, 3)
     assert producer.wait(lambda r: bool(r.freed)).freed == ["prefill-t1"]
@@ -202,7 +212,7 @@ def test_restarted_producer_is_not_mistaken_for_the_old_one(pair: tuple[Engine, 
 )
 def test_fingerprint_mismatch_is_named(field: str, value: object) -> None:
     producer = make_engine()
-    consumer = make_engine(fingerprint=msgspec_replace(FINGERPRINT, field, value))
+    consumer = make_engine(fingerprint=msgspec_replace(ONE_HEAD, field, value))
     producer.manager.grant(GRANT)
     consumer.manager.fetch(fetch_request(producer))
     error = consumer.wait_fetched().error
@@ -213,8 +223,6 @@ def test_fingerprint_mismatch_is_named(field: str, value: object) -> None:
 
 
 def msgspec_replace(fingerprint: Fingerprint, field: str, value: object) -> Fingerprint:
-    import msgspec
-
     return msgspec.structs.replace(fingerprint, **{field: value})
 
 
@@ -272,8 +280,6 @@ def test_other_cluster_key_or_none_is_kept_out(tmp_path: Path, consumer_has_a_ke
 
 
 def replace_timeout(config: ConnectorConfig) -> ConnectorConfig:
-    import msgspec
-
     return msgspec.structs.replace(config, handshake_timeout_s=1.0)
 
 
@@ -311,7 +317,7 @@ def test_malformed_host_fails_its_own_fetch_only(pair: tuple[Engine, Engine]) ->
 
 def test_failed_fetch_gives_the_producers_blocks_back() -> None:
     producer = make_engine()
-    consumer = make_engine(fingerprint=msgspec_replace(FINGERPRINT, "model", "other"))
+    consumer = make_engine(fingerprint=msgspec_replace(ONE_HEAD, "model", "other"))
     consumer.manager.fetch(fetch_request(producer))
     assert isinstance(consumer.wait_fetched().error, IncompatiblePeerError)
     deadline = time.monotonic() + 5

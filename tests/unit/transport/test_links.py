@@ -37,7 +37,7 @@ def frame(data: bytes) -> bytes:
 
 
 def connect(worker: Worker) -> socket.socket:
-    host, _, port = endpoint_of(worker).address.rpartition("|")
+    host, port, _ = endpoint_of(worker).address.split("|")
     return socket.create_connection((host, int(port)), timeout=5)
 
 
