@@ -1,9 +1,9 @@
-"""The class vLLM sees. It delegates; differences between vLLM versions live here.
+"""The class vLLM sees. It delegates; differences between vLLM versions are in ``compat``.
 
-Works with vLLM 0.32.0; written against the contract of 0.23.0 too (hooks that
-one of them lacks are harmless to define). An exception that leaves a hook ends
-the engine, so after start-up every hook is contained: it is logged, and the
-answer is the one that makes vLLM compute by itself.
+Works with vLLM 0.23.0 to 0.32.0: hooks that one of them lacks are harmless to
+define. An exception that leaves a hook ends the engine, so after start-up every
+hook is contained: it is logged, and the answer is the one that makes vLLM compute
+by itself.
 """
 
 from __future__ import annotations
@@ -23,9 +23,17 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 
 from vllm_pd.config import ConnectorConfig, from_mapping
+from vllm_pd.connector.compat import (
+    cache_hit_source,
+    cpu_packing,
+    engine_index,
+    in_rank_order,
+)
 from vllm_pd.connector.kv_cache import model_digest
 from vllm_pd.connector.metadata import PDConnectorMetadata, PDHandshakeMetadata
+from vllm_pd.connector.metrics import PDPromMetrics
 from vllm_pd.connector.scheduler import PDConnectorScheduler
+from vllm_pd.connector.stats import PDConnectorStats, StatsReporter
 from vllm_pd.connector.worker import PDConnectorWorker
 from vllm_pd.errors import ConfigError
 from vllm_pd.protocol.messages import Fingerprint, WorkerAddress
@@ -34,6 +42,7 @@ from vllm_pd.session.instance import InstanceEndpoint
 if TYPE_CHECKING:
     import torch
     from vllm.config import VllmConfig
+    from vllm.distributed.kv_transfer.kv_connector.v1.metrics import PromMetric, PromMetricT
     from vllm.forward_context import ForwardContext
     from vllm.v1.core.kv_cache_manager import KVCacheBlocks
     from vllm.v1.core.sched.output import SchedulerOutput
@@ -73,6 +82,7 @@ class PDConnector(KVConnectorBase_V1, SupportsHMA):
     """
 
     _transport: str | None = None  # forced by a subclass
+    _cache_hit_source = cache_hit_source()  # read by vLLM
 
     def __init__(
         self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig
@@ -94,17 +104,15 @@ class PDConnector(KVConnectorBase_V1, SupportsHMA):
             )
         engine_id = str(transfer_config.engine_id)
         tp_size = vllm_config.parallel_config.tensor_parallel_size
+        self._worker_states: dict[str, Any] = {}  # by rank, for the metrics
         self._endpoint: InstanceEndpoint | None = None
         self._scheduler: PDConnectorScheduler | None = None
         self._worker: PDConnectorWorker | None = None
+        self._reporter: StatsReporter | None = None
         if role == KVConnectorRole.SCHEDULER:
             if config.side_channel_port:
-                # Not data_parallel_rank: for dense models 0.32 sets it to 0 in every engine.
-                parallel = vllm_config.parallel_config
-                index = getattr(parallel, "data_parallel_index", parallel.data_parallel_rank)
-                config = msgspec.structs.replace(
-                    config, side_channel_port=config.side_channel_port + index
-                )
+                port = config.side_channel_port + engine_index(vllm_config.parallel_config)
+                config = msgspec.structs.replace(config, side_channel_port=port)
             self._endpoint = InstanceEndpoint(config, engine_id=engine_id, tp_size=tp_size)
             self._scheduler = PDConnectorScheduler(
                 config,
@@ -121,8 +129,14 @@ class PDConnector(KVConnectorBase_V1, SupportsHMA):
                 tp_size=tp_size,
                 fingerprint=_fingerprint(vllm_config, kv_cache_config),
             )
+            self._reporter = StatsReporter(self._worker)
 
     # Scheduler half
+
+    @_contained(lambda: None)
+    def on_new_request(self, request: Request) -> None:
+        """See PDConnectorScheduler."""
+        self._scheduler_half.on_new_request(request)
 
     @_contained(lambda: (0, False))
     def get_num_new_matched_tokens(
@@ -144,13 +158,17 @@ class PDConnector(KVConnectorBase_V1, SupportsHMA):
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> KVConnectorMetadata:  # noqa: ARG002
         """Pack what the worker half must know in this step."""
         news = self._scheduler_half.build_step_news()
-        return PDConnectorMetadata(news.loads, news.grants, news.releases)
+        return PDConnectorMetadata(news.loads, news.grants, news.releases, news.renewals)
 
     @_contained(lambda: None)
     def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
-        """Take note of blocks that the worker half gave back."""
+        """Take note of blocks that the worker half gave back, and of fetches that ended."""
         if connector_output.finished_sending:
             self._scheduler_half.update_finished_sending(connector_output.finished_sending)
+        stats = connector_output.kv_connector_stats
+        if isinstance(stats, PDConnectorStats):  # vLLM sends these on after this hook
+            stats.remember_workers(self._worker_states)
+            self._scheduler_half.update_fetches(stats.fetches)
 
     @_contained(lambda: (False, None))
     def request_finished(
@@ -171,14 +189,14 @@ class PDConnector(KVConnectorBase_V1, SupportsHMA):
         self, metadata: dict[int, KVConnectorHandshakeMetadata]
     ) -> None:
         """Learn where the workers are."""
-        self._set_workers(list(metadata.values()))
+        self._set_workers(in_rank_order(metadata))
 
     @_contained(lambda: None)
     def set_xfer_handshake_metadata_pp_aware(
         self, metadata: dict[Any, KVConnectorHandshakeMetadata]
     ) -> None:
         """Learn where the workers are; keys are (pp, tp), on vllm-ascend (pp, pcp, tp)."""
-        self._set_workers(list(metadata.values()))
+        self._set_workers(in_rank_order(metadata))
 
     # Worker half
 
@@ -207,7 +225,9 @@ class PDConnector(KVConnectorBase_V1, SupportsHMA):
 
     @_contained(lambda: None)
     def _start(self, metadata: PDConnectorMetadata) -> None:
-        self._worker_half.start(metadata.loads, metadata.grants, metadata.releases)
+        self._worker_half.start(
+            metadata.loads, metadata.grants, metadata.releases, metadata.renewals
+        )
 
     @_contained(lambda: (None, None))
     def get_finished(
@@ -221,6 +241,11 @@ class PDConnector(KVConnectorBase_V1, SupportsHMA):
     def get_block_ids_with_load_errors(self) -> set[int]:
         """Report the blocks of failed fetches in the step that reports their request."""
         return self._worker_half.take_invalid_block_ids()
+
+    @_contained(lambda: None)
+    def get_kv_connector_stats(self) -> PDConnectorStats | None:
+        """Report what happened since the last step; the scheduler half counts nothing."""
+        return self._reporter.take() if self._reporter is not None else None
 
     def start_load_kv(self, forward_context: ForwardContext, **kwargs: Any) -> None:
         """Do nothing; loads started in ``bind_connector_metadata``."""
@@ -244,6 +269,25 @@ class PDConnector(KVConnectorBase_V1, SupportsHMA):
             self._worker.close()
         if self._endpoint is not None:
             self._endpoint.close()
+
+    # The API server's process, where there is no instance of this class
+
+    @classmethod
+    def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> PDConnectorStats:
+        """Make stats for vLLM's log; a copy, as several loggers read ``data``."""
+        stats = PDConnectorStats()
+        return stats if data is None else stats.aggregate(PDConnectorStats(data))
+
+    @classmethod
+    def build_prom_metrics(
+        cls,
+        vllm_config: VllmConfig,
+        metric_types: dict[type[PromMetric], type[PromMetricT]],
+        labelnames: list[str],
+        per_engine_labelvalues: dict[int, list[object]],
+    ) -> PDPromMetrics:
+        """Make the metrics that vLLM shows beside its own."""
+        return PDPromMetrics(vllm_config, metric_types, labelnames, per_engine_labelvalues)
 
     @property
     def _scheduler_half(self) -> PDConnectorScheduler:
@@ -302,7 +346,7 @@ def _fingerprint(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> Fin
 
     model, cache = vllm_config.model_config, vllm_config.cache_config
     device = current_platform.device_type
-    layout = f"{device}:{_cpu_packing(vllm_config)}" if device == "cpu" else device
+    layout = f"{device}:{cpu_packing(vllm_config)}" if device == "cpu" else device
     dtype = str(model.dtype).removeprefix("torch.")
     groups = kv_cache_config.kv_cache_groups
     return Fingerprint(
@@ -311,33 +355,12 @@ def _fingerprint(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> Fin
         kv_cache_dtype=dtype if cache.cache_dtype == "auto" else str(cache.cache_dtype),
         quantization=str(model.quantization or ""),
         num_layers=sum(len(group.layer_names) for group in groups),
-        num_kv_heads=model.get_total_num_kv_heads(),
+        # The latent cache of MLA is one head, which every rank holds whole.
+        num_kv_heads=1 if model.use_mla else model.get_total_num_kv_heads(),
         head_size=model.get_head_size(),
         block_size=cache.block_size,
         kv_layout=layout,
     )
-
-
-def _cpu_packing(vllm_config: VllmConfig) -> str:
-    """Name the way in which the CPU kernels pack K and V inside a block.
-
-    Source: vLLM 0.32.0, v1/attention/backends/cpu_attn.py; the packing differs per
-    instruction set, so bytes may only be exchanged between equal ones.
-    """
-    import torch
-    from vllm.v1.attention.backends import cpu_attn
-
-    capability = torch.backends.cpu.get_cpu_capability()
-    dtype: Any = vllm_config.model_config.dtype
-    try:
-        isa = cpu_attn._get_attn_isa(  # noqa: SLF001 - no public way to ask
-            dtype,
-            vllm_config.cache_config.block_size,
-            vllm_config.model_config.get_head_size(),
-        )
-    except (AttributeError, TypeError):
-        isa = "unknown"
-    return f"{isa}:{capability}"
 
 
 def _use_vllm_log_handlers() -> None:

@@ -21,11 +21,13 @@ class PDConnectorMetadata(KVConnectorMetadata):
         loads: remote prefills to fetch.
         grants: prefills that finished here and wait for a consumer.
         releases: transfer ids that nobody will fetch.
+        renewals: transfer ids that will be fetched later.
     """
 
     loads: list[FetchRequest] = field(default_factory=list)
     grants: list[Grant] = field(default_factory=list)
     releases: list[str] = field(default_factory=list)
+    renewals: list[str] = field(default_factory=list)
 
 
 @dataclass

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from vllm_pd.config import ConnectorConfig
+from vllm_pd.connector.timeline import Timelines, wants_timeline
 from vllm_pd.errors import RemoteProtocolError
 from vllm_pd.protocol.params import (
     RemotePrefill,
@@ -22,7 +23,9 @@ from vllm_pd.protocol.params import (
     wants_remote_decode,
 )
 from vllm_pd.session.consumer import FetchRequest
+from vllm_pd.session.outbox import RemoteLease
 from vllm_pd.session.producer import Grant
+from vllm_pd.session.stats import FetchRecord
 
 logger = logging.getLogger(__name__)
 
@@ -49,17 +52,22 @@ class Endpoint(Protocol):
     port: int
 
     def take_releases(self) -> list[str]: ...  # noqa: D102
+    def take_renewals(self) -> list[str]: ...  # noqa: D102
     def send_release(self, host: str, port: int, transfer_id: str) -> None: ...  # noqa: D102
-    def set_num_leases(self, num_leases: int) -> None: ...  # noqa: D102
+    def start_renewing(self, request_id: str, lease: RemoteLease) -> None: ...  # noqa: D102
+    def stop_renewing(self, request_id: str, *, once_more: bool) -> None: ...  # noqa: D102
+    def try_hold(self, num_blocks: int) -> bool: ...  # noqa: D102
+    def end_hold(self, num_blocks: int) -> None: ...  # noqa: D102
 
 
 @dataclass(frozen=True, slots=True)
 class StepNews:
-    """What the worker half is told in one step."""
+    """What the worker half is told in one step; see ``PDConnectorMetadata``."""
 
     loads: list[FetchRequest]
     grants: list[Grant]
     releases: list[str]
+    renewals: list[str]
 
 
 class PDConnectorScheduler:
@@ -83,15 +91,31 @@ class PDConnectorScheduler:
         endpoint: Endpoint,
     ) -> None:
         self._min_load_tokens = config.min_load_tokens
+        self._lease_s = config.lease_s
         self._engine_id = engine_id
         self._block_size = block_size
         self._tp_size = tp_size
         self._endpoint = endpoint
         self._remotes: dict[str, RemotePrefill | None] = {}  # request id -> its remote prefill
         self._decided: set[str] = set()  # requests whose remote KV was fetched or given up
-        self._leased: dict[str, str] = {}  # request id -> transfer id
+        self._leased: dict[str, Grant] = {}  # by request id
+        self._transfer_ids: set[str] = set()  # of those
+        self._timelines = Timelines()
         self._loads: list[FetchRequest] = []
         self._grants: list[Grant] = []
+
+    def on_new_request(self, request: SchedulerRequest) -> None:
+        """Keep the remote prefill of a request alive while it queues.
+
+        Args:
+            request: the request; vLLM calls this when it joins the queue.
+        """
+        if remote := self._remote_of(request):
+            lease_s = remote.remote_lease_s or self._lease_s
+            self._endpoint.start_renewing(
+                request.request_id,
+                RemoteLease(remote.remote_host, remote.remote_port, remote.transfer_id, lease_s),
+            )
 
     def get_num_new_matched_tokens(
         self, request: SchedulerRequest, num_computed_tokens: int
@@ -147,9 +171,13 @@ class PDConnectorScheduler:
         if remote is None or request.request_id in self._decided:
             return
         self._decided.add(request.request_id)
+        # The fetch protects the lease while it reads, but it has to get there in time.
+        self._endpoint.stop_renewing(request.request_id, once_more=num_external_tokens > 0)
         if num_external_tokens == 0:
             self._release(remote)
             return
+        if wants_timeline(request.kv_transfer_params):
+            self._timelines.expect(request.request_id)
         first = (remote.remote_num_tokens - num_external_tokens) // self._block_size
         last = -(-remote.remote_num_tokens // self._block_size)
         self._loads.append(
@@ -166,7 +194,8 @@ class PDConnectorScheduler:
 
     def build_step_news(self) -> StepNews:
         """Return what the worker half must know now, and forget it."""
-        news = StepNews(self._loads, self._grants, self._endpoint.take_releases())
+        renewals = [t for t in self._endpoint.take_renewals() if t in self._transfer_ids]
+        news = StepNews(self._loads, self._grants, self._endpoint.take_releases(), renewals)
         self._loads, self._grants = [], []
         return news
 
@@ -183,7 +212,8 @@ class PDConnectorScheduler:
         Returns:
             ``(keep, params)``: True when vLLM must keep the blocks until the
             worker half reports the request as sent, and the
-            ``kv_transfer_params`` of the response.
+            ``kv_transfer_params`` of the response: of a prefill what its consumer
+            needs, of a decode request its timeline if it asked for one.
         """
         if request.request_id not in self._remotes:  # aborted or rejected before it was scheduled
             remote = self._parse(request)
@@ -192,17 +222,24 @@ class PDConnectorScheduler:
         if request.request_id in self._decided:
             self._decided.remove(request.request_id)
         elif remote is not None:
+            self._endpoint.stop_renewing(request.request_id, once_more=False)
             self._release(remote)
+        timeline = self._timelines.take(request.request_id)
         params = request.kv_transfer_params
         if params is None or not wants_remote_decode(params):
-            return False, None
+            return False, timeline
         return self._grant(request, params, block_ids)
+
+    def update_fetches(self, fetches: Iterable[FetchRecord]) -> None:
+        """Take note of fetches that ended, for requests that want their timeline."""
+        self._timelines.add(fetches)
 
     def update_finished_sending(self, request_ids: Iterable[str]) -> None:
         """Take note that the worker half has given blocks back."""
         for request_id in request_ids:
-            self._leased.pop(request_id, None)
-        self._endpoint.set_num_leases(len(self._leased))
+            if grant := self._leased.pop(request_id, None):
+                self._transfer_ids.remove(grant.transfer_id)
+                self._endpoint.end_hold(len(grant.block_ids))
 
     def _grant(
         self, request: SchedulerRequest, params: dict[str, Any], block_ids: Sequence[int]
@@ -212,7 +249,7 @@ class PDConnectorScheduler:
         if request.status.name not in _DELIVERABLE or not 0 < num_blocks <= len(block_ids):
             return False, None
         transfer_id = transfer_id_of(params, default=request.request_id)
-        if transfer_id in self._leased.values():
+        if transfer_id in self._transfer_ids:
             logger.warning("%s: transfer %s is leased already", request.request_id, transfer_id)
             return False, None
         kept = tuple(block_ids[:num_blocks])
@@ -225,11 +262,16 @@ class PDConnectorScheduler:
             remote_port=self._endpoint.port,
             remote_num_tokens=num_tokens,
             remote_prompt_digest=_digest(request, num_tokens),
+            remote_lease_s=self._lease_s,
         )
         answer = remote_prefill_params(remote, block_ids=kept, tp_size=self._tp_size)
-        self._leased[request.request_id] = transfer_id
-        self._grants.append(Grant(transfer_id, request.request_id, kept))
-        self._endpoint.set_num_leases(len(self._leased))
+        grant = Grant(transfer_id, request.request_id, kept)
+        if not self._endpoint.try_hold(len(kept)):
+            logger.info("%s: draining, its KV cache is not kept", request.request_id)
+            return False, None
+        self._leased[request.request_id] = grant
+        self._transfer_ids.add(transfer_id)
+        self._grants.append(grant)
         return True, answer
 
     def _remote_of(self, request: SchedulerRequest) -> RemotePrefill | None:

@@ -11,6 +11,7 @@ import pytest
 from vllm_pd.config import ConnectorConfig
 from vllm_pd.connector.scheduler import PDConnectorScheduler
 from vllm_pd.protocol.params import prompt_digest
+from vllm_pd.session.outbox import RemoteLease
 
 BLOCK_SIZE = 16
 PROMPT = list(range(40))  # two and a half blocks
@@ -50,18 +51,38 @@ class FakeEndpoint:
     host: str = "127.0.0.1"
     port: int = 7000
     to_take: list[str] = field(default_factory=list)
+    renewals_to_take: list[str] = field(default_factory=list)
     sent: list[tuple[str, int, str]] = field(default_factory=list)
-    num_leases: int = 0
+    renewing: dict[str, RemoteLease] = field(default_factory=dict)
+    renewed_once_more: list[str] = field(default_factory=list)
+    held: list[int] = field(default_factory=list)  # blocks of each lease
+    draining: bool = False
 
     def take_releases(self) -> list[str]:
         taken, self.to_take = self.to_take, []
         return taken
 
+    def take_renewals(self) -> list[str]:
+        taken, self.renewals_to_take = self.renewals_to_take, []
+        return taken
+
     def send_release(self, host: str, port: int, transfer_id: str) -> None:
         self.sent.append((host, port, transfer_id))
 
-    def set_num_leases(self, num_leases: int) -> None:
-        self.num_leases = num_leases
+    def start_renewing(self, request_id: str, lease: RemoteLease) -> None:
+        self.renewing[request_id] = lease
+
+    def stop_renewing(self, request_id: str, *, once_more: bool) -> None:
+        if self.renewing.pop(request_id, None) and once_more:
+            self.renewed_once_more.append(request_id)
+
+    def try_hold(self, num_blocks: int) -> bool:
+        if not self.draining:
+            self.held.append(num_blocks)
+        return not self.draining
+
+    def end_hold(self, num_blocks: int) -> None:
+        self.held.remove(num_blocks)
 
 
 @pytest.fixture
@@ -181,9 +202,9 @@ def test_finished_prefill_is_leased(
     assert (params["remote_num_tokens"], params["remote_port"]) == (40, 7000)
     (grant,) = scheduler.build_step_news().grants
     assert (grant.transfer_id, grant.request_id, grant.block_ids) == ("t1", "req-1", (7, 8, 9))
-    assert endpoint.num_leases == 1
+    assert endpoint.held == [3]
     scheduler.update_finished_sending(["req-1"])
-    assert endpoint.num_leases == 0
+    assert endpoint.held == []
 
 
 def test_what_one_scheduler_answers_another_can_load(scheduler: PDConnectorScheduler) -> None:
@@ -223,6 +244,83 @@ def test_without_a_routers_id_the_request_id_names_the_transfer(
     _, params = scheduler.request_finished(FakeRequest({"do_remote_decode": True}), [7, 8, 9])
     assert params is not None
     assert params["transfer_id"] == "req-1"
+
+
+def test_draining_instance_keeps_no_blocks(
+    scheduler: PDConnectorScheduler, endpoint: FakeEndpoint
+) -> None:
+    endpoint.draining = True
+    assert scheduler.request_finished(FakeRequest(KEEP), [7, 8, 9]) == (False, None)
+    assert scheduler.build_step_news().grants == []
+    endpoint.draining = False
+    assert scheduler.request_finished(FakeRequest(KEEP, request_id="req-2"), [7, 8, 9])[0]
+
+
+def test_answer_tells_how_long_the_blocks_are_kept(scheduler: PDConnectorScheduler) -> None:
+    _, params = scheduler.request_finished(FakeRequest(KEEP), [7, 8, 9])
+    assert params is not None
+    assert params["remote_lease_s"] == 30.0
+
+
+@pytest.mark.parametrize(("told", "used"), [({}, 30.0), ({"remote_lease_s": 6}, 6.0)])
+def test_lease_is_renewed_from_the_moment_its_request_queues(
+    scheduler: PDConnectorScheduler,
+    endpoint: FakeEndpoint,
+    told: dict[str, Any],
+    used: float,
+) -> None:
+    scheduler.on_new_request(FakeRequest({**REMOTE, **told}))
+    assert endpoint.renewing == {"req-1": RemoteLease("127.0.0.1", 5600, "t1", used)}
+
+
+@pytest.mark.parametrize(
+    "params",
+    [None, KEEP, {**REMOTE, "remote_port": "x"}, {**REMOTE, "remote_prompt_digest": "other"}],
+    ids=["none", "prefill", "unusable", "other prompt"],
+)
+def test_nothing_is_renewed_without_a_usable_prefill(
+    scheduler: PDConnectorScheduler, endpoint: FakeEndpoint, params: dict[str, Any] | None
+) -> None:
+    scheduler.on_new_request(FakeRequest(params))
+    assert endpoint.renewing == {}
+
+
+def test_load_ends_renewing_with_a_last_renewal(
+    scheduler: PDConnectorScheduler, endpoint: FakeEndpoint
+) -> None:
+    request = FakeRequest(REMOTE)
+    scheduler.on_new_request(request)
+    scheduler.update_state_after_alloc(request, [10, 11, 12], num_external_tokens=40)
+    assert endpoint.renewing == {}
+    assert endpoint.renewed_once_more == ["req-1"]
+
+
+def test_giving_up_ends_renewing_without_a_last_renewal(
+    scheduler: PDConnectorScheduler, endpoint: FakeEndpoint
+) -> None:
+    request = FakeRequest(REMOTE)
+    scheduler.on_new_request(request)
+    scheduler.update_state_after_alloc(request, [10, 11, 12], num_external_tokens=0)
+    assert (endpoint.renewing, endpoint.renewed_once_more) == ({}, [])
+
+
+def test_abort_of_a_queued_request_ends_renewing(
+    scheduler: PDConnectorScheduler, endpoint: FakeEndpoint
+) -> None:
+    request = FakeRequest(REMOTE, status=Status.FINISHED_ABORTED)
+    scheduler.on_new_request(request)
+    scheduler.request_finished(request, [])
+    assert (endpoint.renewing, endpoint.renewed_once_more) == ({}, [])
+    assert endpoint.sent == [("127.0.0.1", 5600, "t1")]
+
+
+def test_renewals_of_leases_reach_the_worker_half_once(
+    scheduler: PDConnectorScheduler, endpoint: FakeEndpoint
+) -> None:
+    scheduler.request_finished(FakeRequest(KEEP), [7, 8, 9])
+    endpoint.renewals_to_take = ["t1", "unknown"]
+    assert scheduler.build_step_news().renewals == ["t1"]
+    assert scheduler.build_step_news().renewals == []
 
 
 def test_releases_reach_the_worker_half_once(

@@ -1,0 +1,99 @@
+"""The worker half inside vLLM's own step of a worker, between two engines.
+
+vLLM's mixin calls the hooks in its version's order; bytes go over the real
+transports between KV caches laid out as the version lays them out. Runs in
+whichever vLLM is importable.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.connector.driving import KEEP, NUM_BLOCKS, PROMPT
+
+if TYPE_CHECKING:
+    from tests.connector.harness import Engine
+    from tests.connector.workers import Instance
+
+pytestmark = [
+    pytest.mark.vllm,
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore"),  # importing vLLM warns about its own dependencies
+]
+
+
+@pytest.fixture
+def make_instance(
+    make_engine: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Callable[..., Instance]]:
+    from tests.connector.workers import Instance
+
+    made: list[Instance] = []
+
+    def make(fill: int, **options: object) -> Instance:
+        made.append(Instance(make_engine(**options), monkeypatch, fill=fill))
+        return made[-1]
+
+    yield make
+    for instance in reversed(made):
+        instance.close()
+
+
+def run_until_idle(*instances: Instance) -> None:
+    deadline = time.monotonic() + 20.0
+    while any(instance.engine.num_requests for instance in instances):
+        for instance in instances:
+            instance.step()
+        assert time.monotonic() < deadline, "requests never ended"
+        time.sleep(0.001)  # transfers run on other threads
+
+
+def prefill(producer: Instance) -> dict[str, object]:
+    request_id = producer.engine.add(PROMPT, dict(KEEP))
+    params = producer.step().finished[request_id]
+    assert params is not None
+    return params
+
+
+def test_blocks_arrive_and_both_sides_are_free_afterwards(
+    make_instance: Callable[..., Instance],
+) -> None:
+    producer, consumer = make_instance(fill=3), make_instance(fill=0)
+    num_free = consumer.engine.num_free_blocks
+    params = prefill(producer)
+    request_id = consumer.engine.add(PROMPT, params)
+    consumer.step()
+    block_ids = consumer.engine.block_ids(request_id)
+    assert len(block_ids) == NUM_BLOCKS
+    run_until_idle(producer, consumer)
+    assert consumer.num_computed == {request_id: 1}
+    assert all(consumer.holds(block_id, 3) for block_id in block_ids)
+    assert [producer.engine.num_free_blocks, consumer.engine.num_free_blocks] == [num_free] * 2
+
+
+def test_load_from_a_dead_producer_is_recomputed(make_instance: Callable[..., Instance]) -> None:
+    producer, consumer = make_instance(fill=3), make_instance(fill=0)
+    num_free = consumer.engine.num_free_blocks
+    params = prefill(producer)
+    producer.close()
+    producer.engine.close()
+    request_id = consumer.engine.add(PROMPT, params)
+    run_until_idle(consumer)
+    assert consumer.num_computed == {request_id: len(PROMPT)}
+    assert consumer.engine.num_free_blocks == num_free
+
+
+def test_abort_of_a_load_frees_the_blocks_on_both_sides(
+    make_instance: Callable[..., Instance],
+) -> None:
+    producer, consumer = make_instance(fill=3), make_instance(fill=0)
+    num_free = consumer.engine.num_free_blocks
+    request_id = consumer.engine.add(PROMPT, prefill(producer))
+    consumer.step()
+    consumer.engine.abort(request_id)
+    run_until_idle(producer, consumer)
+    assert [producer.engine.num_free_blocks, consumer.engine.num_free_blocks] == [num_free] * 2
