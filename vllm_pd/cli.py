@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -25,6 +25,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+fault_app = typer.Typer()
+app.add_typer(fault_app, name="fault")
 
 # typer.exceptions has no public name for it; BadParameter is a direct child.
 _UsageError: type[Any] = typer.BadParameter.__mro__[1]
@@ -194,6 +196,8 @@ def up(
     from vllm_pd.launcher import commands
     from vllm_pd.launcher.options import UpOptions, topology_from
 
+    _check_faults(os.environ)
+
     options = UpOptions(
         config=config,
         model=model,
@@ -320,6 +324,7 @@ def keygen(
 ) -> None:
     """Make a cluster key: instances with the same key trust each other.
 
+    The file holds a key pair for the control channel and a certificate for TLS.
     'up' makes one by itself. Copy it to other hosts whose instances take part.
     """
     _write_cluster_key(path)
@@ -367,6 +372,77 @@ def demo_model(
             raise ConfigError(str(exc)) from exc
         write_untrained_model(folder, geometry, seed)
     typer.echo(f"wrote {folder}")
+
+
+FaultNameArgument = Annotated[
+    str, typer.Argument(help="E.g. prefill-0, decode-0, router; 'status' lists them.")
+]
+
+
+@fault_app.callback(invoke_without_command=True)
+def _fault(context: typer.Context) -> None:
+    """Make a running deployment fail on purpose, to see what follows.
+
+    Faults of transfers are switched on before 'up' by the environment variable
+    VLLM_PD_FAULTS; 'fault check' explains its value.
+
+    [dim]$[/dim] VLLM_PD_FAULTS=corrupt=0.1,drop=0.01 vllm-pd up
+    [dim]$[/dim] vllm-pd fault kill prefill-0
+    """
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
+@fault_app.command("kill")
+def fault_kill(name: FaultNameArgument, run_dir: RunDirOption = None) -> None:
+    """SIGKILL a process and all of its children; the supervisor restarts it."""
+    from vllm_pd.launcher import faults
+
+    faults.kill(_run_dir(run_dir), name, _console())
+
+
+@fault_app.command("pause")
+def fault_pause(
+    name: FaultNameArgument,
+    seconds: Annotated[float, typer.Option(help="How long.")] = 10.0,
+    run_dir: RunDirOption = None,
+) -> None:
+    """Stop a process and all of its children for a while, as if its host were stuck."""
+    from vllm_pd.launcher import faults
+
+    faults.pause(_run_dir(run_dir), name, seconds, _console())
+
+
+@fault_app.command("resume")
+def fault_resume(name: FaultNameArgument, run_dir: RunDirOption = None) -> None:
+    """Let a process go on whose 'fault pause' was killed."""
+    from vllm_pd.launcher import faults
+
+    faults.resume(_run_dir(run_dir), name, _console())
+
+
+@fault_app.command("check")
+def fault_check(
+    spec: Annotated[str, typer.Argument(help="A value of VLLM_PD_FAULTS.")],
+) -> None:
+    """Check and explain a value of VLLM_PD_FAULTS."""
+    from vllm_pd.transport.fault_spec import explain, parse_faults
+    from vllm_pd.transport.registry import known_names
+
+    for line in explain(parse_faults(spec, known_names())):
+        typer.echo(line)
+
+
+def _check_faults(environ: Mapping[str, str]) -> None:
+    """Refuse a bad VLLM_PD_FAULTS before anything is started, and warn of a good one."""
+    from vllm_pd.transport.fault_spec import VARIABLE, faults_from
+
+    if not environ.get(VARIABLE):
+        return
+    from vllm_pd.transport.registry import known_names
+
+    if (spec := faults_from(environ, known_names())) is not None:
+        typer.echo(f"warning: {VARIABLE} is set: transfers will fail on purpose ({spec})")
 
 
 @app.command("_supervise", hidden=True)

@@ -12,7 +12,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -103,16 +103,31 @@ def run_cli(
 
 @contextlib.contextmanager
 def deployed(
-    run_dir: Path, model: Path, *, num_prefill: int = 1, num_decode: int = 1, **changes: Any
+    run_dir: Path,
+    model: Path,
+    *,
+    num_prefill: int = 1,
+    num_decode: int = 1,
+    tp: tuple[int, int] = (1, 1),
+    **changes: Any,
 ) -> Iterator[Deployment]:
-    """Start a deployment, and stop it whatever happens."""
+    """Start a deployment, and stop it whatever happens.
+
+    Args:
+        run_dir: where its files go.
+        model: the checkpoint.
+        num_prefill: prefill instances.
+        num_decode: decode instances.
+        tp: tensor-parallel sizes of prefill and decode.
+        changes: further keys of the topology.
+    """
     ports = free_ports(1 + num_prefill + num_decode)
     topology = {
         "model": str(model),
         "served_model_name": "m",
         "device": "cpu",
-        "prefill": {"count": num_prefill, "port": ports[1]},
-        "decode": {"count": num_decode, "port": ports[1 + num_prefill]},
+        "prefill": {"count": num_prefill, "port": ports[1], "tp": tp[0]},
+        "decode": {"count": num_decode, "port": ports[1 + num_prefill], "tp": tp[1]},
         "router": {"port": ports[0]},
         "kv_cache_space_gib": 1,
         "args": ENGINE_ARGS,
@@ -134,7 +149,13 @@ def deployed(
 
 @contextlib.contextmanager
 def served(
-    folder: Path, model: Path, *, name: str = "colocated", core: int = 0, **kv_transfer: str
+    folder: Path,
+    model: Path,
+    *,
+    name: str = "colocated",
+    core: int = 0,
+    args: Sequence[str] = (),
+    **kv_transfer: Any,
 ) -> Iterator[str]:
     """Start one ``vllm serve`` by hand; yield its address.
 
@@ -151,7 +172,7 @@ def served(
     }
     command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(model)]
     command += ["--host", "127.0.0.1", "--port", str(port), "--served-model-name", "m"]
-    command += ["--enforce-eager", *ENGINE_ARGS]
+    command += ["--enforce-eager", *ENGINE_ARGS, *args]
     if kv_transfer:
         command += ["--kv-transfer-config", json.dumps(kv_transfer)]
     with running(folder / f"{name}.log", command, f"http://127.0.0.1:{port}", env) as url:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import random
 import re
 import signal
 import time
@@ -21,10 +22,20 @@ import pytest
 
 from tests.engine.conftest import BAD_REQUESTS, Reference, post_bad_requests
 from tests.engine.deployment import Deployment, answers, deployed, get, metric, routed, served
-from tests.engine.workload import Answer, Case, ask, ask_all, completion
+from tests.engine.workload import VOCAB, Answer, Case, ask, ask_all, completion
 from vllm_pd.transport.threads import PREFIX
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.timeout(600)]
+
+HISTOGRAMS = (
+    "fetch_seconds",
+    "handshake_seconds",
+    "transfer_seconds",
+    "verify_seconds",
+    "fetch_bytes",
+    "fetch_bandwidth_bytes_per_second",
+)
+"""Of successful fetches, in the metrics of a decode instance."""
 
 
 def check_equal(expected: list[tuple[Case, Answer]], url: str, *, concurrency: int) -> None:
@@ -68,6 +79,40 @@ class TestOnePrefillOneDecode:
         check_that_kv_moved(deployment, reference.equality, before)
         assert "over shm" in log_of(deployment, "decode-0")
         deployment.wait_until_no_block_is_used()
+
+    def test_metrics_tell_what_was_transferred(self, deployment: Deployment) -> None:
+        (prefill,), (decode,) = deployment.prefill, deployment.decode
+        num_fetches = metric(decode, "vllm_pd:kv_fetches_total", outcome="ok")
+        num_bytes = metric(decode, "vllm_pd:kv_fetched_bytes_total", transport="shm")
+        assert num_fetches > 0
+        assert num_bytes > 0
+        assert metric(decode, "vllm_pd:kv_fetches_total") == num_fetches, "some failed"
+        for name in HISTOGRAMS:
+            assert metric(decode, f"vllm_pd:kv_{name}_count") == num_fetches, name
+        assert metric(decode, "vllm_pd:kv_saved_bytes_total") > 0, "prompts share prefixes"
+        assert metric(decode, "vllm_pd:kv_transport_info", transport="shm", mode="memfd") == 1
+        assert metric(prefill, "vllm_pd:kv_sent_bytes_total") == num_bytes
+        num_granted = metric(prefill, "vllm_pd:kv_leases_granted_total")
+        assert num_granted >= num_fetches
+        assert metric(prefill, "vllm_pd:kv_leases_ended_total") == num_granted
+        assert metric(prefill, "vllm_pd:kv_leases") == 0
+        assert metric(prefill, "vllm_pd:kv_blocks_held") == 0
+
+    def test_decode_instance_tells_where_the_time_went_if_asked(
+        self, deployment: Deployment
+    ) -> None:
+        case = completion(random.Random(23).choices(VOCAB, k=700), stream=False, max_tokens=1)
+        (prefill,), (decode,) = deployment.prefill, deployment.decode
+        first = post(prefill, case, kv_transfer_params={"do_remote_decode": True})
+        params = {**first["kv_transfer_params"], "timeline": True}
+        second = post(decode, case, kv_transfer_params=params)
+        assert second["choices"][0]["token_ids"] == first["choices"][0]["token_ids"]
+        timeline = second["kv_transfer_params"]["timeline"]
+        assert (timeline["outcome"], timeline["transport"]) == ("ok", "shm")
+        assert timeline["num_bytes"] > 0
+        stages = sum(timeline[stage] for stage in ("handshake_s", "queued_s", "transfer_s"))
+        assert 0 < timeline["transfer_s"] <= stages <= timeline["total_s"] + 1e-5
+        assert 0 <= timeline["verify_s"] <= timeline["transfer_s"]
 
     def test_200_requests_at_16_in_flight_lose_and_leak_nothing(
         self, deployment: Deployment, reference: Reference
@@ -144,6 +189,20 @@ class TestOnePrefillTwoDecodes:
             for url in deployment.decode:
                 assert metric(url, "vllm:request_success_total") > 0
             check_equal(reference.load, deployment.router, concurrency=16)
+            deployment.wait_until_no_block_is_used()
+
+
+class TestUnequalTensorParallelism:
+    """Every decode rank fetches the heads it needs from the prefill ranks that hold them."""
+
+    @pytest.mark.parametrize("tp", [(2, 1), (1, 2)], ids=["2 to 1", "1 to 2"])
+    def test_answers_equal_those_of_a_colocated_instance(
+        self, model: Path, reference: Reference, tmp_path: Path, tp: tuple[int, int]
+    ) -> None:
+        with deployed(tmp_path, model, tp=tp) as deployment:
+            before = deployment.tokens_by_source()
+            check_equal(reference.equality, deployment.router, concurrency=4)
+            check_that_kv_moved(deployment, reference.equality, before)
             deployment.wait_until_no_block_is_used()
 
 
@@ -251,6 +310,21 @@ def wait_for(condition: Any, timeout_s: float = 20.0) -> None:
     while not condition():
         assert time.monotonic() < deadline, "the condition did not come true"
         time.sleep(0.1)
+
+
+def post(url: str, case: Case, **extra: Any) -> dict[str, Any]:
+    """Send one leg of a request by hand."""
+
+    async def send() -> dict[str, Any]:
+        async with (
+            aiohttp.ClientSession() as session,
+            session.post(url + case.path, json={**case.body, **extra}) as response,
+        ):
+            payload: dict[str, Any] = await response.json()
+            assert response.status == 200, payload
+            return payload
+
+    return asyncio.run(send())
 
 
 def log_of(deployment: Deployment, name: str) -> str:

@@ -36,7 +36,7 @@ class ErrorReader:
 
 
 @pytest.mark.parametrize(
-    "command", ["up", "down", "status", "logs", "router", "keygen", "demo-model"]
+    "command", ["up", "down", "status", "logs", "router", "keygen", "demo-model", "fault"]
 )
 def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run_cli([command, "--help"]) == 0
@@ -142,3 +142,36 @@ def test_demo_model_refuses_an_impossible_geometry(tmp_path: Path, error: ErrorR
     args = ["demo-model", str(tmp_path / "m"), "--untrained", "--heads", "3", "--kv-heads", "2"]
     assert run_cli(args) == 1
     assert "num_heads 3 is not a multiple of num_kv_heads 2" in error.line()
+
+
+def test_a_fault_spec_is_explained(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_cli(["fault", "check", "drop=0.5,seed=3"]) == 0
+    drop, seed = capsys.readouterr().out.splitlines()
+    assert drop.startswith("drop: 50 %")
+    assert seed.startswith("seed: 3")
+
+
+def test_a_bad_fault_spec_is_one_line(error: ErrorReader) -> None:
+    assert run_cli(["fault", "check", "drip=0.5"]) == 1
+    assert error.line().startswith("VLLM_PD_FAULTS: 'drip=0.5': no such fault")
+
+
+@pytest.mark.usefixtures("run_dir")
+def test_a_bad_fault_spec_is_refused_before_anything_starts(
+    error: ErrorReader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VLLM_PD_FAULTS", "drop=2")
+    assert run_cli(["up", "--device", "cpu"]) == 1
+    assert "'drop=2'" in error.line()
+
+
+@pytest.mark.usefixtures("run_dir")
+@pytest.mark.parametrize("command", ["kill", "pause", "resume"])
+def test_a_fault_needs_a_deployment(command: str, error: ErrorReader) -> None:
+    assert run_cli(["fault", command, "prefill-0"]) == 1
+    assert error.line().startswith("nothing is running in")
+
+
+def test_fault_without_a_command_shows_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_cli(["fault"]) == 0
+    assert "pause" in capsys.readouterr().out

@@ -143,7 +143,7 @@ def _stop(supervisor: subprocess.Popen[bytes], plan: DeploymentPlan, run_dir: Ru
 
     Another Ctrl-C tells the supervisor to kill everything at once.
     """
-    deadline = time.monotonic() + plan.timing.drain_timeout_s + _KILL_MARGIN_S
+    deadline = time.monotonic() + plan.timing.stop_timeout_s + _KILL_MARGIN_S
     supervisor.send_signal(signal.SIGTERM)  # no harm to one that is stopping by itself
     while supervisor.poll() is None:
         try:

@@ -6,7 +6,10 @@ import msgspec
 
 ROUTER = "router"
 STOP_ORDER = (ROUTER, "prefill", "decode")
-"""Roles in the order they are stopped: requests first, then who serves them."""
+"""Roles in the order they are stopped: requests first, then who serves them.
+
+A prefill instance ends when its KV cache has been fetched, so decode is there until then.
+"""
 
 
 class ProcessSpec(msgspec.Struct, frozen=True, kw_only=True):
@@ -36,7 +39,9 @@ class Timing(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         start_timeout_s: longest wait for a process to become ready.
-        drain_timeout_s: longest wait for a process to stop by itself.
+        drain_timeout_s: longest time for a process to finish what it has begun, once told
+            to stop.
+        teardown_s: longest wait, after that, for it to give its resources back and end.
         max_restarts: restarts in a row before a process is given up.
         first_delay_s: pause before the first restart; doubled for each further one.
         max_delay_s: longest pause before a restart.
@@ -46,13 +51,19 @@ class Timing(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     start_timeout_s: float = 600.0
-    drain_timeout_s: float = 15.0
+    drain_timeout_s: float = 40.0
+    teardown_s: float = 15.0
     max_restarts: int = 5
     first_delay_s: float = 1.0
     max_delay_s: float = 30.0
     healthy_after_s: float = 60.0
     group_grace_s: float = 5.0
     probe_interval_s: float = 0.25
+
+    @property
+    def stop_timeout_s(self) -> float:
+        """Longest wait for a process to stop by itself; then it is killed."""
+        return self.drain_timeout_s + self.teardown_s
 
 
 class DeploymentPlan(msgspec.Struct, frozen=True, kw_only=True):

@@ -8,6 +8,7 @@ is ``--kv-transfer-config``. Roles are labels of the router: every instance is
 from __future__ import annotations
 
 import json
+import math
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -41,6 +42,7 @@ _MANAGED = {
     "--kv-transfer-config": "connector in the topology file",
 }
 """``vllm serve`` options that the launcher sets, and what to use instead."""
+_DRAIN_OPTION = "--shutdown-timeout"
 _COMPILE_OPTIONS = ("--enforce-eager", "--no-enforce-eager", "--compilation-config", "-cc", "-O")
 
 
@@ -117,7 +119,10 @@ def make_plan(
         processes=(*instances, router),
         timing=Timing(
             start_timeout_s=topology.start_timeout_s,
-            drain_timeout_s=topology.drain_timeout_s,
+            drain_timeout_s=max(
+                _drain_timeout_s(topology, [*topology.args, *group.args])
+                for group in groups.values()
+            ),
             max_restarts=topology.max_restarts,
         ),
     )
@@ -152,6 +157,23 @@ def _check_args(args: Sequence[str]) -> None:
     for arg in args:
         if instead := _MANAGED.get(re.split("[=.]", arg, maxsplit=1)[0].replace("_", "-")):
             raise ConfigError(f"{arg} is set by the launcher", hint=f"use {instead}")
+
+
+def _drain_timeout_s(topology: Topology, args: Sequence[str]) -> float:
+    """Return how long an instance with these arguments may drain, in seconds.
+
+    Raises:
+        ConfigError: the user's own ``--shutdown-timeout`` is no number.
+    """
+    found = topology.drain_timeout_s
+    for arg, following in zip(args, [*args, ""][1:], strict=True):
+        name, equals, value = arg.partition("=")
+        if name.replace("_", "-") == _DRAIN_OPTION:
+            text = value if equals else following
+            if not text.isdecimal():
+                raise ConfigError(f"{_DRAIN_OPTION} {text!r} is not a number of seconds")
+            found = float(text)
+    return found
 
 
 def uses_hccl_connector(topology: Topology, device: str) -> bool:
@@ -203,6 +225,11 @@ def _instance(
     args = [*topology.args, *group.args]
     if machine.device == "cpu" and not any(arg.startswith(_COMPILE_OPTIONS) for arg in args):
         args.insert(0, "--enforce-eager")  # compiling takes longer than a small model gains
+    if placement.role is Role.PREFILL:
+        # Not for decode: while vLLM drains it is healthy and answers new requests with an empty
+        # text. The router takes that of a prefill instance as "not prefilled", and no harm is done.
+        drain_s = math.ceil(topology.drain_timeout_s)
+        args[:0] = [_DRAIN_OPTION, str(drain_s)]  # first, so that the user's own option wins
     url = http_url(topology.host, port)
     env, devices = _device_env(machine.device, placement.ranks)
     return ProcessSpec(

@@ -12,7 +12,7 @@ import msgspec
 from vllm_pd.errors import LaunchError
 from vllm_pd.launcher.process import ProcessIdentity
 
-STATE_VERSION = 1
+STATE_VERSION = 2
 
 
 class ProcessRecord(msgspec.Struct, frozen=True, kw_only=True):
@@ -46,7 +46,7 @@ class State(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         phase: ``starting``, ``up`` or ``stopping``.
-        drain_timeout_s: longest wait for a process to stop by itself.
+        stop_timeout_s: longest wait for a process to stop by itself.
     """
 
     version: int = STATE_VERSION
@@ -55,7 +55,7 @@ class State(msgspec.Struct, frozen=True, kw_only=True):
     served_model_name: str
     device: str
     router_url: str
-    drain_timeout_s: float
+    stop_timeout_s: float
     supervisor: ProcessIdentity
     processes: tuple[ProcessRecord, ...] = ()
 

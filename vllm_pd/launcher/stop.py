@@ -35,7 +35,7 @@ def stop_deployment(run_dir: RunDir, state: State, say: Say) -> None:
     if is_alive(state.supervisor):
         say(f"stopping router, prefill and decode of {run_dir.path}")
         send_signal(state.supervisor, signal.SIGTERM)
-        if wait_gone(state.supervisor, len(STOP_ORDER) * state.drain_timeout_s + _MARGIN_S):
+        if wait_gone(state.supervisor, len(STOP_ORDER) * state.stop_timeout_s + _MARGIN_S):
             stop_recorded(run_dir)  # nothing, unless it was killed meanwhile
             return
         say("the supervisor does not answer: killing it")
@@ -59,7 +59,7 @@ def stop_recorded(run_dir: RunDir, *, say: Say | None = None) -> None:
         records = [r for r in state.processes if r.role == role and remains(r, run_dir)]
         if records and say:
             say(f"stopping {', '.join(r.name for r in records)}")
-        stop_records(records, run_dir, state.drain_timeout_s)
+        stop_records(records, run_dir, state.stop_timeout_s)
     run_dir.state_path.unlink(missing_ok=True)
 
 

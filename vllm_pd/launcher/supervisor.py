@@ -64,7 +64,7 @@ class Supervisor:
             served_model_name=plan.served_model_name,
             device=plan.device,
             router_url=plan.router_url,
-            drain_timeout_s=plan.timing.drain_timeout_s,
+            stop_timeout_s=plan.timing.stop_timeout_s,
             supervisor=identify(os.getpid()),
             processes=tuple(keeper.record for keeper in self._keepers),
         )
@@ -166,7 +166,7 @@ class Supervisor:
     async def _shut_down(self) -> None:
         """Stop all processes in order, then remove the state file."""
         self._set_phase("stopping")
-        timeout_s = self._plan.timing.drain_timeout_s
+        timeout_s = self._plan.timing.stop_timeout_s
         for role in STOP_ORDER:
             await asyncio.gather(
                 *(k.stop(timeout_s) for k in self._keepers if k.record.role == role)

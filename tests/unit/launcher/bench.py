@@ -20,6 +20,7 @@ from vllm_pd.launcher.state import ProcessRecord, State, load_state
 FAST = Timing(
     start_timeout_s=20.0,
     drain_timeout_s=10.0,
+    teardown_s=0.1,
     max_restarts=2,
     first_delay_s=0.01,
     max_delay_s=0.02,

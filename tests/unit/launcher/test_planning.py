@@ -235,3 +235,31 @@ def test_times_of_the_topology_reach_the_supervisor() -> None:
     plan = plan_of(Topology(start_timeout_s=9.0, drain_timeout_s=3.0, max_restarts=1))
     assert (plan.timing.start_timeout_s, plan.timing.drain_timeout_s) == (9.0, 3.0)
     assert plan.timing.max_restarts == 1
+
+
+def test_prefill_instances_are_told_how_long_to_drain() -> None:
+    spec = process(plan_of(Topology(drain_timeout_s=2.5)), "prefill-0")
+    assert option(spec, "--shutdown-timeout") == "3"  # vLLM takes whole seconds
+
+
+def test_decode_instances_do_not_drain() -> None:
+    assert "--shutdown-timeout" not in process(plan_of(Topology()), "decode-0").argv
+
+
+def test_an_instance_is_killed_only_after_it_had_time_to_drain() -> None:
+    timing = plan_of(Topology(drain_timeout_s=20.0)).timing
+    assert timing.stop_timeout_s > 20.0
+
+
+@pytest.mark.parametrize(
+    "args", [("--shutdown-timeout", "90"), ("--shutdown-timeout=90",), ("--shutdown_timeout=90",)]
+)
+def test_a_users_own_time_to_drain_wins_and_is_waited_for(args: tuple[str, ...]) -> None:
+    plan = plan_of(Topology(decode=InstanceGroup(args=args)))
+    assert process(plan, "decode-0").argv[-len(args) :] == args  # vLLM takes the last
+    assert plan.timing.drain_timeout_s == 90.0
+
+
+def test_a_time_to_drain_that_is_no_number_is_refused() -> None:
+    with pytest.raises(ConfigError, match="--shutdown-timeout 'soon' is not a number"):
+        plan_of(Topology(args=("--shutdown-timeout", "soon")))

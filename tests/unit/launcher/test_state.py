@@ -25,7 +25,7 @@ def state() -> State:
         served_model_name="m",
         device="cpu",
         router_url="http://127.0.0.1:2",
-        drain_timeout_s=1.0,
+        stop_timeout_s=1.0,
         supervisor=identify(os.getpid()),
         processes=(record,),
     )
@@ -64,6 +64,6 @@ def test_a_corrupt_file_is_named_with_what_to_do(tmp_path: Path, content: bytes)
 def test_a_file_of_another_version_is_refused(tmp_path: Path, state: State) -> None:
     path = tmp_path / "state.json"
     save_state(path, state)
-    path.write_text(path.read_text().replace('"version": 1', '"version": 99'))
+    path.write_text(path.read_text().replace('"version": 2', '"version": 99'))
     with pytest.raises(LaunchError, match="another version"):
         load_state(path)

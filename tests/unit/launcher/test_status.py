@@ -28,7 +28,7 @@ STATE = State(
     served_model_name="m",
     device="cpu",
     router_url="http://127.0.0.1:8000",
-    drain_timeout_s=1.0,
+    stop_timeout_s=1.0,
     supervisor=ME,
     processes=(READY,),
 )

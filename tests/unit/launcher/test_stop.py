@@ -50,7 +50,7 @@ def save(run_dir: RunDir, identity: ProcessIdentity) -> State:
         served_model_name="m",
         device="cpu",
         router_url="http://127.0.0.1:2",
-        drain_timeout_s=10.0,
+        stop_timeout_s=10.0,
         supervisor=gone,
         processes=(record,),
     )
