@@ -9,8 +9,10 @@ import signal
 import time
 import urllib.request
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from http.client import HTTPResponse
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,6 @@ pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.timeout(600)]
 
 PROMPT = [7 + i % 900 for i in range(700)]
 DRAIN_S = 90
-LONG_LEASE_S = 60.0
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ class Instance:
 
 @contextmanager
 def instance(
-    folder: Path, model: Path, name: str, *, lease_s: float, core: int
+    folder: Path, model: Path, name: str, *args: str, lease_s: float, core: int
 ) -> Iterator[Instance]:
     options = {
         "kv_connector": "PDConnector",
@@ -67,8 +68,8 @@ def instance(
         "kv_load_failure_policy": "recompute",
         "kv_connector_extra_config": {"lease_s": lease_s},
     }
-    drain = ["--shutdown-timeout", str(DRAIN_S)]
-    with served(folder, model, name=name, core=core, args=drain, **options) as url:
+    args = ("--shutdown-timeout", str(DRAIN_S), *args)
+    with served(folder, model, name=name, core=core, args=args, **options) as url:
         log = folder / f"{name}.log"
         found = re.search(r"APIServer pid=(\d+)", log.read_text())
         assert found
@@ -77,14 +78,20 @@ def instance(
 
 def post(url: str, case: Case, params: dict[str, Any]) -> dict[str, Any]:
     """Send one leg by hand, as a router does."""
+    with open_leg(url, case, params) as response:
+        answer: dict[str, Any] = json.load(response)
+        return answer
+
+
+def open_leg(url: str, case: Case, params: dict[str, Any]) -> HTTPResponse:
+    """Send one leg by hand; closing its answer aborts it."""
     request = urllib.request.Request(
         url + case.path,
         json.dumps({**case.body, "kv_transfer_params": params}).encode(),
         {"Content-Type": "application/json"},
     )
-    with urllib.request.urlopen(request, timeout=60.0) as response:
-        answer: dict[str, Any] = json.load(response)
-        return answer
+    response: HTTPResponse = urllib.request.urlopen(request, timeout=60.0)
+    return response
 
 
 def prefill_leg(url: str) -> dict[str, Any]:
@@ -108,29 +115,25 @@ def test_prefill_instance_waits_until_the_lease_ends_and_exits_cleanly(
         assert prefill.errors() == []
 
 
-def test_blocks_are_fetched_during_the_drain_which_then_ends_at_once(
+def test_blocks_are_kept_for_a_request_that_queues_and_the_drain_ends_when_it_has_them(
     model: Path, tmp_path: Path
 ) -> None:
     with (
-        instance(tmp_path, model, "prefill", lease_s=LONG_LEASE_S, core=0) as prefill,
-        instance(tmp_path, model, "decode", lease_s=LONG_LEASE_S, core=1) as decode,
+        instance(tmp_path, model, "prefill", lease_s=2.0, core=0) as prefill,
+        instance(tmp_path, model, "decode", "--max-num-seqs", "1", lease_s=2.0, core=1) as decode,
+        ThreadPoolExecutor(1) as pool,
     ):
-        granted = time.monotonic()
-        params = prefill_leg(prefill.url)
-        prefill.terminate()
-        while "mode=drain" not in prefill.log.read_text():
-            time.sleep(0.05)
-        post(decode.url, completion(PROMPT, stream=False, max_tokens=4), params)
+        with open_leg(decode.url, completion([5] * 9, stream=True, max_tokens=4000), {}) as busy:
+            busy.readline()  # it runs, and nothing else can
+            params = prefill_leg(prefill.url)
+            prefill.terminate()
+            case = completion(PROMPT, stream=False, max_tokens=4)
+            queued = pool.submit(post, decode.url, case, params)
+            time.sleep(6.0)  # three leases
+            assert not queued.done()
+            assert prefill.is_running()
+        queued.result()
         source = "vllm:prompt_tokens_by_source_total"
         assert metric(decode.url, source, source="external_kv_transfer") == len(PROMPT)
-        assert prefill.wait_exit(60.0) == 0
-        assert time.monotonic() - granted < LONG_LEASE_S
+        assert prefill.wait_exit(DRAIN_S / 2) == 0
         assert prefill.errors() == []
-
-
-def test_instance_without_leases_ends_at_once(model: Path, tmp_path: Path) -> None:
-    with instance(tmp_path, model, "prefill", lease_s=LONG_LEASE_S, core=0) as prefill:
-        told = time.monotonic()
-        prefill.terminate()
-        assert prefill.wait_exit(60.0) == 0
-        assert time.monotonic() - told < DRAIN_S / 3

@@ -73,17 +73,38 @@ def plan_chunks(
 def spans_of_chunk(
     regions: Sequence[KVRegion], chunk: Chunk, block_ids: Sequence[int], heads: Heads | None
 ) -> list[tuple[int, int]]:
-    """Return where a chunk's bytes are, in order, as ``(addr, num_bytes)``; neighbours joined."""
-    spans: list[tuple[int, int]] = []
-    for piece in chunk.pieces:
-        region = regions[piece.region]
-        for addr, length in _spans(
-            region, block_ids[piece.first : piece.first + piece.num_blocks], heads
-        ):
-            if spans and spans[-1][0] + spans[-1][1] == addr:
-                spans[-1] = (spans[-1][0], spans[-1][1] + length)
-            else:
-                spans.append((addr, length))
+    """Return where a chunk's bytes are, in order, as ``(addr, num_bytes)``."""
+    return [
+        (regions[piece.region].addr + offset, length)
+        for piece in chunk.pieces
+        for offset, length in spans_of_piece(regions[piece.region], piece, block_ids, heads)
+    ]
+
+
+def spans_of_piece(
+    region: KVRegion, piece: Piece, block_ids: Sequence[int], heads: Heads | None
+) -> list[tuple[int, int]]:
+    """Return where a piece's bytes are in its region, as ``(offset, num_bytes)``, joined."""
+    wanted = block_ids[piece.first : piece.first + piece.num_blocks]
+    if heads is None:
+        block_len = region.block_len
+        first, count = wanted[0], 1
+        spans = []
+        for block_id in wanted[1:]:
+            if block_id == first + count:
+                count += 1
+                continue
+            spans.append((first * block_len, count * block_len))
+            first, count = block_id, 1
+        spans.append((first * block_len, count * block_len))
+        return spans
+    spans = []
+    for addr, length in _spans(region, wanted, heads):
+        offset = addr - region.addr
+        if spans and spans[-1][0] + spans[-1][1] == offset:
+            spans[-1] = (spans[-1][0], spans[-1][1] + length)
+        else:
+            spans.append((offset, length))
     return spans
 
 

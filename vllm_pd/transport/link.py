@@ -11,8 +11,7 @@ import enum
 import os
 import socket
 import struct
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from vllm_pd.errors import LocalProtocolError, RemoteProtocolError
@@ -46,6 +45,47 @@ class Outgoing:
     on_sent: Callable[[], None] | None = None
 
 
+class _Parts:
+    """Memory to send or to fill, in order; what is done is cut off at the front."""
+
+    def __init__(self) -> None:
+        self._parts: list[memoryview] = []
+        self._next = 0
+
+    def __bool__(self) -> bool:
+        return self._next < len(self._parts)
+
+    def append(self, part: memoryview) -> None:
+        """Add memory at the end; of no length it is left out."""
+        self.extend((part,))
+
+    def extend(self, parts: Iterable[memoryview]) -> None:
+        """Add memory at the end."""
+        if self._next == len(self._parts):
+            self.clear()
+        self._parts += [part for part in parts if part.nbytes]
+
+    def first(self) -> list[memoryview]:
+        """Return as much as one system call takes."""
+        return self._parts[self._next : self._next + _MAX_IOV]
+
+    def consume(self, num_bytes: int) -> None:
+        """Cut bytes off at the front."""
+        parts, index = self._parts, self._next
+        while num_bytes:
+            length = parts[index].nbytes
+            if length > num_bytes:
+                parts[index] = parts[index][num_bytes:]
+                break
+            num_bytes -= length
+            index += 1
+        self._next = index
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self._parts, self._next = [], 0
+
+
 class Link:
     """One connected stream socket.
 
@@ -69,12 +109,12 @@ class Link:
         self.paused = False
         self.received_fds: list[int] = []
         self.feed: Callable[[], Outgoing | None] | None = None
-        self._out: deque[memoryview] = deque()
+        self._out = _Parts()
         self._on_sent: Callable[[], None] | None = None
         self._in = bytearray()
         self._wanted = _HEADER.size
         self._in_header = True
-        self._payload: deque[memoryview] = deque()
+        self._payload = _Parts()
         self._payload_ended = False
 
     @property
@@ -122,12 +162,11 @@ class Link:
     def flush(self) -> None:
         """Send as much as the socket takes now, first what is queued, then from the feed."""
         while self._out or self._take_from_feed():
-            parts = [self._out[i] for i in range(min(len(self._out), _MAX_IOV))]
             try:
-                sent = self._sock.sendmsg(parts)
+                sent = self._sock.sendmsg(self._out.first())
             except (BlockingIOError, InterruptedError):
                 return
-            _consume(self._out, sent)
+            self._out.consume(sent)
             if not self._out and self._on_sent is not None:
                 on_sent, self._on_sent = self._on_sent, None
                 on_sent()
@@ -137,13 +176,13 @@ class Link:
         if outgoing is None:
             return False
         self._out.append(memoryview(_HEADER.pack(len(outgoing.frame)) + outgoing.frame))
-        self._out.extend(part for part in outgoing.payload if part.nbytes)
+        self._out.extend(outgoing.payload)
         self._on_sent = outgoing.on_sent
         return True
 
     def expect_payload(self, parts: Sequence[memoryview]) -> None:
         """Receive the bytes that follow the current frame into ``parts``."""
-        self._payload.extend(part for part in parts if part.nbytes)
+        self._payload.extend(parts)
 
     def receive(self) -> Iterator[bytes | Mark]:
         """Yield what has arrived, until the socket is empty, the link paused or the budget spent.
@@ -170,9 +209,8 @@ class Link:
                 yield Mark.PAYLOAD_END
 
     def _read_payload(self) -> int:
-        parts = [self._payload[i] for i in range(min(len(self._payload), _MAX_IOV))]
-        num_read = self._sock.recvmsg_into(parts)[0]
-        _consume(self._payload, num_read)
+        num_read = self._sock.recvmsg_into(self._payload.first())[0]
+        self._payload.consume(num_read)
         self._payload_ended = not self._payload
         return num_read
 
@@ -205,11 +243,3 @@ class Link:
         self.feed = self._on_sent = None
         self.close_received_fds()
         self._sock.close()
-
-
-def _consume(parts: deque[memoryview], num_bytes: int) -> None:
-    while num_bytes:
-        if parts[0].nbytes > num_bytes:
-            parts[0] = parts[0][num_bytes:]
-            return
-        num_bytes -= parts.popleft().nbytes

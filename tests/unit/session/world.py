@@ -230,13 +230,18 @@ class World:
             consumer.collect(self.now)
 
     def run(self) -> None:
-        """Let all that is under way arrive, transfers included, until nothing moves."""
-        while self._advance():
-            self.poll_consumers()
+        """Let messages and transfers go on until nothing moves."""
+        while self._deliver() or self._transfer():
             self.collect()
 
-    def _advance(self) -> bool:
-        moved = False
+    def run_control(self) -> None:
+        """Let messages go on until nothing moves; transfers stay as they are."""
+        while self._deliver():
+            pass
+
+    def _deliver(self) -> bool:
+        """Let all messages that are under way arrive; return whether there were any."""
+        moved = bool(self.releases)
         for channel in self.network.channels:
             while channel.to_server:
                 self.deliver_to_server(channel)
@@ -247,6 +252,12 @@ class World:
         while self.releases:
             rank, transfer_id = self.releases.pop(0)
             self.producers[rank].producer.release(transfer_id)
+        self.poll_consumers()
+        return moved
+
+    def _transfer(self) -> bool:
+        """Let all transfers end well that can; return whether there were any."""
+        moved = False
         for _, receiver in self.fabric.startable():
             receiver.is_busy = moved = True
         for receiver in self.fabric.receivers():
@@ -287,6 +298,13 @@ class World:
             assert consumer.transport.halves == []
             assert consumer.transport.peers == set()
         assert all(channel.is_closed for channel in self.network.channels)
+
+    def cut(self, peer_id: str, is_seen_by: tuple[str, ...]) -> None:
+        """Cut a data link; the engines of these names see it at once, others later."""
+        self.fabric.broken.add(peer_id)
+        for address, end in self.fabric.ends.items():
+            if address.decode().startswith(is_seen_by):
+                end.notice_loss(peer_id)
 
     def notice_losses(self) -> None:
         """Let both ends of every cut link see it."""

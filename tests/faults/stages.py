@@ -1,0 +1,238 @@
+"""Stages of a fetch, and how a process that takes part notices that it is there.
+
+A stage is noticed by a method that is wrapped in the process that is to fail, or in
+the surviving one where only that one takes part.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+
+from vllm_pd.protocol.messages import (
+    Describe,
+    FetchBlocks,
+    FetchReady,
+    Hello,
+    InstanceInfo,
+)
+from vllm_pd.session.channel import ControlClient, ControlServer
+from vllm_pd.session.producer import Producer
+from vllm_pd.transport import memory
+from vllm_pd.transport.base import Transport
+from vllm_pd.transport.link import Link
+from vllm_pd.transport.links import LinkPool
+from vllm_pd.transport.payload import DirectPayload
+from vllm_pd.transport.shm import ShmTransport
+from vllm_pd.transport.tcp import TcpTransport
+
+Act = Callable[[], None]
+Patch = Callable[[Any, str, Any], None]
+"""Replaces an attribute; ``setattr``, or one that is undone after a test."""
+
+STAGES = (
+    "describe",  # the producer is asked where its workers are, and has not answered
+    "described",
+    "hello",  # the handshake has begun
+    "greeted",
+    "parked",  # the fetch waits for a prefill that has not ended
+    "ready",  # FetchReady is sent, or here
+    "copying",  # some bytes are there, not all
+    "copied",  # the last byte is there, the producer does not know
+    "told",  # it knows, and the consumer does not know that
+    "confirmed",  # the transfer is over, and nobody has been told
+)
+
+
+def watch(patch: Patch, role: str, stage: str, kind: str, act: Act) -> None:
+    """Call ``act`` when this process reaches a stage.
+
+    Args:
+        patch: how to replace methods.
+        role: ``producer`` or ``consumer``: what this process is.
+        stage: one of ``STAGES``.
+        kind: of transport: ``shm``, ``readv`` or ``tcp``.
+        act: what to do; it may not come back.
+    """
+    _WATCHERS[role](patch, stage, kind, act)
+
+
+def watch_parked(patch: Patch, act: Act) -> None:
+    """Call ``act`` when a producer in this process has a fetch without a grant."""
+
+    def after(_result: Any, _producer: Producer, _identity: bytes, message: Any, _now: Any) -> None:
+        if isinstance(message, FetchBlocks):
+            act()
+
+    _wrap(patch, Producer, "handle", after=after)
+
+
+def watch_copy(patch: Patch, kind: str, act: Act) -> None:
+    """Call ``act`` when a consumer in this process has copied some of the bytes."""
+    if kind == "tcp":
+        _wrap(patch, DirectPayload, "landed", after=lambda *_: act())
+    elif kind == "shm":
+        calls = itertools.count()
+        _wrap(patch, memory, "copy", before=lambda *_: act() if next(calls) == 3 else None)
+    else:
+        original = memory.read_process
+        once = iter([act])
+
+        def read_in_two(pid: int, moves: list[tuple[int, int, int]]) -> None:
+            half = len(moves) // 2
+            original(pid, moves[:half])
+            if half:  # the probe of a handshake reads one byte
+                for do in once:
+                    do()
+            original(pid, moves[half:])
+
+        patch(memory, "read_process", read_in_two)
+
+
+def _watch_producer(patch: Patch, stage: str, kind: str, act: Act) -> None:
+    match stage:
+        case "describe":
+            _on_message(patch, ControlServer, InstanceInfo, before=act)
+        case "described":
+            _on_message(patch, ControlServer, InstanceInfo, after=act)
+        case "hello":
+            _on_message(patch, ControlServer, Hello, before=act)
+        case "greeted":
+            _on_message(patch, ControlServer, Hello, after=act)
+        case "parked":
+            watch_parked(patch, act)
+        case "ready":
+            _on_message(patch, ControlServer, FetchReady, after=act)
+        case "copying":
+            assert kind == "tcp", "a producer has no part in a one-sided copy"
+            _wrap(
+                patch,
+                DirectPayload,
+                "take",
+                before=lambda _self, _posted, index, _chunk: act() if index == 1 else None,
+            )
+        case "copied" if kind == "tcp":
+            _watch_last_chunk(patch, act)
+        case "copied":
+            _on_frame(patch, "confirmed", before=act)
+        case "told":
+            _on_frame(patch, "confirmed", after=act)
+        case "confirmed":
+            _on_outcome(patch, act)
+
+
+def _watch_consumer(patch: Patch, stage: str, kind: str, act: Act) -> None:
+    last_word = "received" if kind == "tcp" else "copied"
+    match stage:
+        case "describe":
+            _on_message(patch, ControlClient, Describe, after=act)
+        case "described":
+            _on_arrival(patch, InstanceInfo, act)
+        case "hello":
+            _on_message(patch, ControlClient, Hello, after=act)
+        case "greeted":
+            _on_arrival(patch, Hello, act)
+        case "ready":
+            _on_arrival(patch, FetchReady, act)
+        case "copying":
+            watch_copy(patch, kind, act)
+        case "copied":
+            _on_frame(patch, last_word, before=act)
+        case "told":
+            _on_frame(patch, last_word, after=act)
+        case "confirmed":
+            _on_outcome(patch, act)
+
+
+_WATCHERS = {"producer": _watch_producer, "consumer": _watch_consumer}
+
+
+def _wrap(
+    patch: Patch,
+    owner: Any,
+    name: str,
+    *,
+    before: Callable[..., Any] | None = None,
+    after: Callable[..., Any] | None = None,
+) -> None:
+    original = getattr(owner, name)
+
+    @functools.wraps(original)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        if before is not None:
+            before(*args)
+        result = original(*args, **kwargs)
+        if after is not None:
+            after(result, *args)
+        return result
+
+    patch(owner, name, wrapped)
+
+
+def _on_message(
+    patch: Patch, owner: Any, kind: type, *, before: Act | None = None, after: Act | None = None
+) -> None:
+    """Watch a control message being sent."""
+    _wrap(
+        patch,
+        owner,
+        "send",
+        before=lambda *args: before() if before and isinstance(args[-1], kind) else None,
+        after=lambda *args: after() if after and isinstance(args[-1], kind) else None,
+    )
+
+
+def _on_arrival(patch: Patch, kind: type, act: Act) -> None:
+    """Watch a control message arriving at a client."""
+    _wrap(
+        patch,
+        ControlClient,
+        "receive",
+        after=lambda message, *_: act() if isinstance(message, kind) else None,
+    )
+
+
+def _on_frame(
+    patch: Patch, kind: str, *, before: Act | None = None, after: Act | None = None
+) -> None:
+    """Watch a frame being sent on a data link."""
+
+    def is_it(frame: bytes) -> bool:
+        decoded = msgspec.msgpack.decode(frame)
+        return isinstance(decoded, dict) and decoded.get("type") == kind
+
+    _wrap(
+        patch,
+        LinkPool,
+        "send",
+        before=lambda *args: before() if before and is_it(args[3]) else None,
+        after=lambda *args: after() if after and is_it(args[4]) else None,
+    )
+
+
+def _on_outcome(patch: Patch, act: Act) -> None:
+    """Watch a transfer that is over, before the session hears of it."""
+    kinds: tuple[type[Transport], ...] = (ShmTransport, TcpTransport)
+    for kind in kinds:
+        _wrap(patch, kind, "poll", after=lambda outcomes, *_: act() if outcomes else None)
+
+
+def _watch_last_chunk(patch: Patch, act: Act) -> None:
+    """Watch the last byte of a transfer leave a tcp producer."""
+    taken = set()
+
+    def after_flush(_result: Any, link: Link) -> None:
+        if taken == {0, 1, 2} and not link.waits_to_write:
+            act()
+
+    _wrap(
+        patch,
+        DirectPayload,
+        "take",
+        before=lambda _self, _posted, index, _chunk: taken.add(index),
+    )
+    _wrap(patch, Link, "flush", after=after_flush)
