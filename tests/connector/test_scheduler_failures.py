@@ -206,6 +206,27 @@ def test_request_preempted_after_a_failed_load_is_not_loaded_again(
 # Faults of our own
 
 
+def test_load_that_could_not_be_planned_is_recomputed(
+    producer: Engine, consumer: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """vLLM has parked the request by then: without a report it would wait for ever."""
+    num_free = consumer.num_free_blocks
+    request_id = consumer.add(PROMPT, prefill(producer))
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("a bug")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(PDConnectorScheduler, "update_state_after_alloc", fail)
+        ((failed_id, block_ids),) = consumer.step().metadata.failed_loads
+    assert failed_id == request_id
+    consumer.step(received=[request_id], invalid=block_ids)
+    steps = run_to_end(consumer, request_id)
+    assert sum(step.num_scheduled.get(request_id, 0) for step in steps) >= len(PROMPT)
+    assert not any(step.metadata.loads or step.metadata.failed_loads for step in steps)
+    assert (consumer.num_free_blocks, consumer.num_requests) == (num_free, 0)
+
+
 @pytest.mark.parametrize(
     "method",
     [

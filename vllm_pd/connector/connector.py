@@ -104,6 +104,7 @@ class PDConnector(KVConnectorBase_V1, SupportsHMA):
             )
         engine_id = str(transfer_config.engine_id)
         tp_size = vllm_config.parallel_config.tensor_parallel_size
+        self._failed_loads: list[tuple[str, tuple[int, ...]]] = []
         self._worker_states: dict[str, Any] = {}  # by rank, for the metrics
         self._endpoint: InstanceEndpoint | None = None
         self._scheduler: PDConnectorScheduler | None = None
@@ -150,15 +151,22 @@ class PDConnector(KVConnectorBase_V1, SupportsHMA):
         self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int
     ) -> None:
         """See PDConnectorScheduler."""
-        self._scheduler_half.update_state_after_alloc(
-            request, blocks.get_block_ids()[0], num_external_tokens
-        )
+        block_ids = blocks.get_block_ids()[0]
+        try:
+            self._scheduler_half.update_state_after_alloc(request, block_ids, num_external_tokens)
+        except Exception:
+            # vLLM waits for these blocks from now on: somebody must report them.
+            if num_external_tokens:
+                self._scheduler_half.never_load(request.request_id)
+                self._failed_loads.append((request.request_id, tuple(block_ids)))
+            raise
 
     @_contained(PDConnectorMetadata)
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> KVConnectorMetadata:  # noqa: ARG002
         """Pack what the worker half must know in this step."""
         news = self._scheduler_half.build_step_news()
-        return PDConnectorMetadata(news.loads, news.grants, news.releases, news.renewals)
+        failed, self._failed_loads = self._failed_loads, []
+        return PDConnectorMetadata(news.loads, news.grants, news.releases, news.renewals, failed)
 
     @_contained(lambda: None)
     def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
@@ -225,6 +233,7 @@ class PDConnector(KVConnectorBase_V1, SupportsHMA):
 
     @_contained(lambda: None)
     def _start(self, metadata: PDConnectorMetadata) -> None:
+        self._worker_half.fail(metadata.failed_loads)
         self._worker_half.start(
             metadata.loads, metadata.grants, metadata.releases, metadata.renewals
         )

@@ -22,12 +22,14 @@ class PDConnectorMetadata(KVConnectorMetadata):
         grants: prefills that finished here and wait for a consumer.
         releases: transfer ids that nobody will fetch.
         renewals: transfer ids that will be fetched later.
+        failed_loads: request ids whose load could not even be planned, and their blocks.
     """
 
     loads: list[FetchRequest] = field(default_factory=list)
     grants: list[Grant] = field(default_factory=list)
     releases: list[str] = field(default_factory=list)
     renewals: list[str] = field(default_factory=list)
+    failed_loads: list[tuple[str, tuple[int, ...]]] = field(default_factory=list)
 
 
 @dataclass

@@ -192,6 +192,10 @@ class PDConnectorScheduler:
             )
         )
 
+    def never_load(self, request_id: str) -> None:
+        """Answer from now on that nothing is to be loaded for a request."""
+        self._decided.add(request_id)
+
     def build_step_news(self) -> StepNews:
         """Return what the worker half must know now, and forget it."""
         renewals = [t for t in self._endpoint.take_renewals() if t in self._transfer_ids]

@@ -57,7 +57,7 @@ class PDConnectorWorker:
         self.fingerprint = fingerprint
         self._manager: SessionManager | None = None
         self._invalid_block_ids: set[int] = set()
-        self._not_started: list[FetchRequest] = []
+        self._not_started: list[tuple[str, tuple[int, ...]]] = []
         self._transport_info: dict[str, tuple[str, str]] = {}
 
     def register_kv_caches(
@@ -124,7 +124,7 @@ class PDConnectorWorker:
         """Hand one step's news to the session thread."""
         for request in loads:
             if self._manager is None:
-                self._not_started.append(request)
+                self._not_started.append((request.request_id, request.block_ids))
             else:
                 self._manager.fetch(request)
         if self._manager is not None:
@@ -135,6 +135,10 @@ class PDConnectorWorker:
             for transfer_id in renewals:
                 self._manager.renew(transfer_id)
 
+    def fail(self, loads: Iterable[tuple[str, tuple[int, ...]]]) -> None:
+        """Report loads as failed, with their blocks, at the next ``get_finished``."""
+        self._not_started += loads
+
     def get_finished(self) -> tuple[set[str], set[str]]:
         """Return ``(finished_sending, finished_recving)`` since the last call.
 
@@ -143,9 +147,9 @@ class PDConnectorWorker:
         that are reported as received.
         """
         finished_recving: set[str] = set()
-        for request in self._not_started:
-            finished_recving.add(request.request_id)
-            self._invalid_block_ids.update(request.block_ids)
+        for request_id, block_ids in self._not_started:
+            finished_recving.add(request_id)
+            self._invalid_block_ids.update(block_ids)
         self._not_started = []
         if self._manager is None:
             return set(), finished_recving
