@@ -227,10 +227,10 @@ class InstanceEndpoint:
 
     def _step(self, now: float) -> None:
         self._wake.clear()
-        while received := self._server.receive():
-            self._serve(*received)
         self._outbox.check(now)
         self._notify(now)
+        while received := self._server.receive():
+            self._serve(*received)
 
     def _serve(self, identity: bytes, message: AnyMessage) -> None:
         match message:
