@@ -298,6 +298,10 @@ class Consumer:
             raise RemoteProtocolError(f"{type(info).__name__} instead of a description")
         if info.engine_id != producer.engine_id:
             raise PeerLostError(f"engine {producer.engine_id} has restarted")
+        if info.tp_size > len(info.workers):
+            raise IncompatiblePeerError(
+                f"engine {info.engine_id} describes {len(info.workers)} of {info.tp_size} workers"
+            )
         producer.parts = plan_parts(
             self._local.tp_rank,
             tp_size=self._local.tp_size,

@@ -181,7 +181,7 @@ class Transport(ABC):
                 is given.
 
         Raises:
-            LocalProtocolError: unknown peer, or a block id or head out of range.
+            LocalProtocolError: unknown peer, no blocks, or a block id or head out of range.
         """
 
     @abstractmethod
@@ -216,13 +216,15 @@ class Transport(ABC):
 def check_selection(
     regions: Sequence[KVRegion], block_ids: Sequence[int], heads: Heads | None
 ) -> None:
-    """Refuse blocks or heads that any region lacks.
+    """Refuse blocks or heads that any region lacks, and a transfer of nothing.
 
     Raises:
-        LocalProtocolError: a block id or a head is out of range.
+        LocalProtocolError: there are no blocks, or a block id or a head is out of range.
     """
+    if not block_ids:
+        raise LocalProtocolError("a transfer of no blocks")
     num_blocks = min((region.num_blocks for region in regions), default=0)
-    if block_ids and (min(block_ids) < 0 or max(block_ids) >= num_blocks):
+    if min(block_ids) < 0 or max(block_ids) >= num_blocks:
         bad = [b for b in block_ids if not 0 <= b < num_blocks]
         raise LocalProtocolError(f"block ids out of range 0 to {num_blocks - 1}: {bad[:8]}")
     if heads is not None:

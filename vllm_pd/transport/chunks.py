@@ -56,7 +56,7 @@ def plan_chunks(
         length = slice_len(region, heads)
         first = 0
         while first < num_blocks:
-            count = min((max_len - filled) // length, num_blocks - first)
+            count = min(max(max_len - filled, 0) // length, num_blocks - first)
             if count == 0 and pieces:
                 chunks.append(Chunk(tuple(pieces), filled))
                 pieces, filled = [], 0

@@ -17,6 +17,9 @@ from dataclasses import dataclass
 from vllm_pd.errors import LocalProtocolError, RemoteProtocolError
 from vllm_pd.transport.tls import TlsSocket
 
+MAX_FDS = 253
+"""Most descriptors that the kernel lets travel with one message."""
+
 _MAX_IOV = 512
 _READ_BUDGET = 64 * 1024 * 1024  # bytes per poll and link, so that no peer starves the others
 _HEADER = struct.Struct("!I")
@@ -37,7 +40,8 @@ class Outgoing:
     Attributes:
         frame: the frame.
         payload: memory to send after it, read when it is sent.
-        on_sent: called once the socket has taken the last byte.
+        on_sent: called when the payload is not read any more: the socket has taken it,
+            or the link is closed.
     """
 
     frame: bytes
@@ -167,9 +171,14 @@ class Link:
             except (BlockingIOError, InterruptedError):
                 return
             self._out.consume(sent)
-            if not self._out and self._on_sent is not None:
-                on_sent, self._on_sent = self._on_sent, None
-                on_sent()
+            if not self._out:
+                self._end_payload()
+
+    def _end_payload(self) -> None:
+        """Tell the feed that the memory it gave is not read any more."""
+        on_sent, self._on_sent = self._on_sent, None
+        if on_sent is not None:
+            on_sent()
 
     def _take_from_feed(self) -> bool:
         outgoing = self.feed() if self.feed is not None else None
@@ -217,7 +226,9 @@ class Link:
     def _read_frame_part(self) -> int:
         num_wanted = min(self._wanted - len(self._in), 1 << 20)
         if self._takes_fds and isinstance(self._sock, socket.socket):
-            data, fds, _, _ = socket.recv_fds(self._sock, num_wanted, 64, socket.MSG_CMSG_CLOEXEC)
+            data, fds, _, _ = socket.recv_fds(
+                self._sock, num_wanted, MAX_FDS, socket.MSG_CMSG_CLOEXEC
+            )
             self.received_fds += fds
         else:
             data = self._sock.recv(num_wanted)
@@ -240,6 +251,7 @@ class Link:
         """Close the socket and descriptors nobody took; idempotent."""
         self._out.clear()
         self._payload.clear()
-        self.feed = self._on_sent = None
+        self.feed = None
         self.close_received_fds()
         self._sock.close()
+        self._end_payload()

@@ -143,7 +143,7 @@ class LinkPool:
         self._peers: dict[str, _Peer] = {}
         self._entries: dict[int, _Entry] = {}
         self._eager: set[int] = set()  # descriptors of links with bytes that epoll does not show
-        self._again = Wakeup()  # shows that there are some
+        self._again = Wakeup()  # shows that there are some, or that links were lost
         self._lost: list[LinkEvent] = []
         self._spare_fd = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
         self._epoll = select.epoll()
@@ -297,9 +297,7 @@ class LinkPool:
     def poll(self) -> Iterator[LinkEvent]:
         """Make progress on all links without blocking; yield what arrived.
 
-        A link that was lost while sending shows up here without ``fileno`` being
-        readable: call this once after sending. The caller may send, pause and
-        remove while it iterates.
+        The caller may send, pause and remove while it iterates.
         """
         yield from self._take_lost()
         ready = {} if self._epoll.closed else dict(self._epoll.poll(0))
@@ -322,12 +320,14 @@ class LinkPool:
         self._peers.clear()
         if not self._epoll.closed:
             self._epoll.close()
-            os.close(self._spare_fd)
+            self._close_spare()
         self._again.close()
         self._listener.close()
 
     def _take_lost(self) -> list[LinkEvent]:
         lost, self._lost = self._lost, []
+        if lost and not self._eager:
+            self._again.clear()
         return lost
 
     def _serve(self, entry: _Entry, events: int) -> Iterator[LinkEvent]:
@@ -379,10 +379,16 @@ class LinkPool:
         Left alone, it would keep the listener readable and this thread busy.
         """
         logger.warning("%s: out of descriptors, turned a peer away", self._scheme)
-        os.close(self._spare_fd)
+        self._close_spare()
         with contextlib.suppress(OSError):
             self._listener.accept()[0].close()
-        self._spare_fd = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+        with contextlib.suppress(OSError):  # another thread was faster
+            self._spare_fd = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+
+    def _close_spare(self) -> None:
+        if self._spare_fd >= 0:
+            os.close(self._spare_fd)
+            self._spare_fd = -1
 
     def _greet(self, entry: _Entry, item: bytes | Mark) -> str | None:
         """Check the first frame of a connection; return the peer if all of its are there."""
@@ -397,6 +403,9 @@ class LinkPool:
         peer = self._peers.get(greeting.peer_id)
         if peer is None or (Direction.SENDING, greeting.stream) in peer.links:
             raise RemoteProtocolError("greeting of an unknown or connected peer")
+        others = self.links(greeting.peer_id, Direction.SENDING)
+        if others and greeting.num_streams != peer.num_streams[Direction.SENDING]:
+            raise RemoteProtocolError("greeting with another number of streams than before")
         peer.links[Direction.SENDING, greeting.stream] = entry.link
         peer.num_streams[Direction.SENDING] = greeting.num_streams
         entry.peer_id, entry.stream = greeting.peer_id, greeting.stream
@@ -410,6 +419,7 @@ class LinkPool:
     def _lose(self, peer_id: str, direction: Direction, reason: str) -> None:
         self.drop_links(peer_id, direction)
         self._lost.append(LinkEvent(peer_id, direction, Mark.LOST, reason=reason))
+        self._again.set()
 
     def _drop(self, link: Link) -> None:
         self._eager.discard(link.fileno())

@@ -108,6 +108,19 @@ class DirectPayload(Payload):
         return parts
 
 
+def device_of(regions: Sequence[KVRegion]) -> DeviceInterface:
+    """Return what torch has the tensors of a KV cache on.
+
+    Raises:
+        TransportUnavailableError: they are in several kinds of memory, or missing.
+    """
+    kinds = {region.device for region in regions}
+    tensors = [region.tensor for region in regions]
+    if len(kinds) != 1 or any(tensor is None for tensor in tensors):
+        raise TransportUnavailableError(f"KV cache in {', '.join(sorted(kinds))} memory")
+    return TorchDevice(kinds.pop(), tensors[0].device.index or 0)
+
+
 @dataclass(slots=True, eq=False)
 class _Work:
     """What the stager does for one transfer."""
@@ -153,22 +166,6 @@ class StagedPayload(Payload):
             regions, device, buffer_len=buffer_len, num_buffers=num_buffers, wake=wake
         )
         self._work: dict[tuple[str, Direction, int], _Work] = {}
-
-    @classmethod
-    def of_torch(
-        cls,
-        regions: Sequence[KVRegion],
-        staging_len: int,
-        chunk_len: int,
-        wake: Callable[[], None],
-    ) -> StagedPayload:
-        """Make one for whatever device torch has the tensors on."""
-        kinds = {region.device for region in regions}
-        tensors = [region.tensor for region in regions]
-        if len(kinds) != 1 or any(tensor is None for tensor in tensors):
-            raise TransportUnavailableError(f"KV cache in {', '.join(sorted(kinds))} memory")
-        device = TorchDevice(kinds.pop(), tensors[0].device.index or 0)
-        return cls(regions, device, staging_len=staging_len, chunk_len=chunk_len, wake=wake)
 
     def start_sending(self, posted: Posted, chunks: Sequence[Chunk]) -> None:  # noqa: D102
         work = self._work_of(posted)

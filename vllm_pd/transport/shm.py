@@ -10,11 +10,12 @@ process instead (process_vm_readv), at about half the speed.
 Per transfer::
 
     producer                    consumer
-    Ready      ->               block ids, digests, and the bytes outside shared pages
+    Ready      ->               block ids, and the bytes outside shared pages
+    Vouched    ->               digests, computed while the consumer copies
                 <-  Copied      the copy is complete and matches the digests
     Confirmed  ->               the blocks were leased all the while: it counts
 
-The third message is what makes a one-sided read safe: the producer cannot stop
+The last message is what makes a one-sided read safe: the producer cannot stop
 the consumer's copy, but a copy that it does not confirm is a failed transfer.
 Instead of Copied the consumer may answer Abandoned.
 """
@@ -29,13 +30,13 @@ import socket
 import struct
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 
 import msgspec
 
 from vllm_pd.config import Digests
 from vllm_pd.errors import (
+    DigestMismatchError,
     RemoteProtocolError,
     TransferError,
     TransportUnavailableError,
@@ -48,72 +49,36 @@ from vllm_pd.transport.base import (
     TransportOptions,
     merge_runs,
 )
-from vllm_pd.transport.chunks import Chunk, plan_chunks, spans_of_chunk
-from vllm_pd.transport.copying import Check, CopyJob, Part
-from vllm_pd.transport.digests import choose, digest
+from vllm_pd.transport.chunks import Chunk, Piece, slice_len, spans_of_chunk
+from vllm_pd.transport.copying import CopyJob, Part, Spans
+from vllm_pd.transport.digests import choose_pieces
 from vllm_pd.transport.host import HostTransport
 from vllm_pd.transport.ledger import Posted
+from vllm_pd.transport.link import MAX_FDS
 from vllm_pd.transport.links import Direction, Endpoint, LinkEvent, LinkPool
+from vllm_pd.transport.shm_frames import (
+    Abandoned,
+    AnyFrame,
+    Confirmed,
+    Copied,
+    Memory,
+    Ready,
+    RegionInfo,
+    Vouched,
+    check_pieces,
+    check_ready,
+    check_region,
+    covers_all,
+    decode,
+)
 from vllm_pd.transport.sources import MappedSource, ProcessSource, Source
 from vllm_pd.transport.threads import name_this_thread
 from vllm_pd.transport.wakeup import Wakeup
 
 logger = logging.getLogger(__name__)
 
-CHUNK_LEN = 256 * 1024
-"""Bytes per digest; small, so that what was just copied is hashed from the cache."""
-
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _UCRED = struct.Struct("3i")  # pid, uid, gid of SO_PEERCRED
-
-
-class _RegionInfo(msgspec.Struct, frozen=True):
-    addr: int
-    num_blocks: int
-    block_len: int
-    num_rows: int
-    num_heads: int
-
-
-class _Memory(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="memory"):
-    """Producer, once per link, with one descriptor per span; without any, read the process."""
-
-    spans: tuple[tuple[int, int], ...]  # (addr, num_bytes) in the producer's process
-    regions: tuple[_RegionInfo, ...]
-
-
-class _Ready(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="ready"):
-    """Producer: these blocks may be read."""
-
-    transfer_id: int
-    block_ids: tuple[int, ...]
-    heads: Heads | None
-    inline: tuple[tuple[int, bytes], ...]  # (producer address, bytes outside the spans)
-    digests: tuple[tuple[int, bytes], ...]  # (index of a chunk, its digest)
-    is_complete: bool  # every chunk has a digest
-
-
-class _Copied(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="copied"):
-    """Consumer: the copy is complete."""
-
-    transfer_id: int
-
-
-class _Abandoned(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="abandoned"):
-    """Consumer: the copy failed, or is not what was sent."""
-
-    transfer_id: int
-    reason: str
-
-
-class _Confirmed(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="confirmed"):
-    """Producer: the blocks were held until Copied arrived."""
-
-    transfer_id: int
-
-
-_AnyFrame = _Memory | _Ready | _Copied | _Abandoned | _Confirmed
-_decoder: msgspec.msgpack.Decoder[_AnyFrame] = msgspec.msgpack.Decoder(_AnyFrame)
 
 
 class ShmTransport(HostTransport):
@@ -139,7 +104,9 @@ class ShmTransport(HostTransport):
         self._outside: dict[tuple[int, int], list[tuple[int, int]]] = {}
         self._sources: dict[str, Source] = {}
         self._gone: list[Source] = []  # of lost peers, while a copy may read them
-        self._ready: dict[tuple[str, int], _Ready] = {}
+        self._ready: dict[tuple[str, int], Ready] = {}
+        self._vouched: dict[tuple[str, int], Vouched] = {}
+        self._copied: dict[tuple[str, int], CopyJob] = {}  # done; may wait for digests
         self._jobs: list[CopyJob] = []
         self._done: queue.SimpleQueue[CopyJob] = queue.SimpleQueue()
         self._wake = Wakeup()
@@ -165,6 +132,10 @@ class ShmTransport(HostTransport):
     def _share(self, spans: Sequence[tuple[int, int]]) -> None:
         if not self._options.shares_pages:
             raise TransportUnavailableError("sharing pages is switched off")
+        if len(spans) > MAX_FDS:
+            raise TransportUnavailableError(
+                f"the KV cache is in {len(spans)} places, and no more than {MAX_FDS} can be shared"
+            )
         for addr, num_bytes in spans:
             if num_bytes:
                 self._spans.append(memory.share_pages(addr, num_bytes))
@@ -217,32 +188,52 @@ class ShmTransport(HostTransport):
         self._spans.clear()
 
     def _handle_frame(self, event: LinkEvent, frame: bytes) -> None:
+        decoded = decode(frame)
+        if event.direction is Direction.RECEIVING:
+            self._handle_producer(event, decoded)
+        else:
+            self._handle_consumer(event, decoded)
+
+    def _handle_producer(self, event: LinkEvent, frame: AnyFrame) -> None:
+        """React to what a producer says."""
         peer_id = event.peer_id
-        match _decoder.decode(frame), event.direction:
-            case _Memory() as announced, Direction.RECEIVING:
-                self._open_source(peer_id, announced)
-            case _Ready() as ready, Direction.RECEIVING:
-                self._ready[peer_id, ready.transfer_id] = ready
-                if posted := self._ledger.find(peer_id, event.direction, ready.transfer_id):
+        match frame:
+            case Memory():
+                self._open_source(peer_id, frame)
+            case Ready():
+                self._ready[peer_id, frame.transfer_id] = frame
+                if posted := self._ledger.find(peer_id, event.direction, frame.transfer_id):
                     self._start_receiving(posted)
-            case _Confirmed() as confirmed, Direction.RECEIVING:
-                posted = self._find(event, confirmed.transfer_id)
+            case Vouched():
+                if self._ledger.find(peer_id, event.direction, frame.transfer_id):
+                    self._vouched[peer_id, frame.transfer_id] = frame
+                    self._settle(peer_id, frame.transfer_id)
+            case Confirmed():
+                posted = self._find(event, frame.transfer_id)
                 if not posted.is_copied:
                     raise RemoteProtocolError(f"transfer {posted.transfer_id} is not copied yet")
                 self._ledger.end(posted)
-            case _Copied() as copied, Direction.SENDING:
-                posted = self._find(event, copied.transfer_id)
+            case _:
+                raise RemoteProtocolError(f"{type(frame).__name__} from a producer")
+
+    def _handle_consumer(self, event: LinkEvent, frame: AnyFrame) -> None:
+        """React to what a consumer says."""
+        match frame:
+            case Copied():
+                posted = self._find(event, frame.transfer_id)
+                if posted.is_busy:
+                    raise RemoteProtocolError(f"transfer {posted.transfer_id} is not vouched for")
                 self._ledger.end(posted)
-                self._send(posted, _Confirmed(transfer_id=posted.transfer_id))
-            case _Abandoned() as abandoned, Direction.SENDING:
-                posted = self._find(event, abandoned.transfer_id)
-                self._ledger.end(posted, TransferError(f"given up: {abandoned.reason}"))
-            case other, _:
-                raise RemoteProtocolError(f"{type(other).__name__} on a {event.direction} link")
+                self._send(posted, Confirmed(transfer_id=posted.transfer_id))
+            case Abandoned():
+                posted = self._find(event, frame.transfer_id)
+                self._ledger.end(posted, TransferError(f"given up: {frame.reason}"))
+            case _:
+                raise RemoteProtocolError(f"{type(frame).__name__} from a consumer")
 
     def _find(self, event: LinkEvent, transfer_id: int) -> Posted:
         posted = self._ledger.find(event.peer_id, event.direction, transfer_id)
-        if posted is None or posted.is_busy:
+        if posted is None:
             raise RemoteProtocolError(f"end of transfer {transfer_id}, which is not under way")
         return posted
 
@@ -266,24 +257,23 @@ class ShmTransport(HostTransport):
             self._jobs.remove(job)
             posted = job.posted
             posted.is_busy = False
-            posted.verify_s = job.verify_s
+            posted.verify_s += job.verify_s
             if posted.error is not None:
                 self._ledger.end(posted)
-            elif job.error is not None:
-                self._ledger.end(posted, job.error)
-                reason = str(job.error)
-                self._send(posted, _Abandoned(transfer_id=posted.transfer_id, reason=reason))
+            elif posted.direction is Direction.SENDING:
+                self._vouch(posted, job)
             else:
-                job.then()
+                self._copied[posted.peer_id, posted.transfer_id] = job
+                self._settle(posted.peer_id, posted.transfer_id)
         self._close_gone_sources()
 
     # Producer's half
 
     def _handle_link_up(self, peer_id: str) -> None:
-        frame = _Memory(
+        frame = Memory(
             spans=tuple((span.addr, span.num_bytes) for span in self._spans),
             regions=tuple(
-                _RegionInfo(r.addr, r.num_blocks, r.block_len, r.num_rows, r.num_heads)
+                RegionInfo(r.addr, r.num_blocks, r.block_len, r.num_rows, r.num_heads)
                 for r in self._regions
             ),
         )
@@ -291,51 +281,56 @@ class ShmTransport(HostTransport):
         self._links.send(peer_id, Direction.SENDING, msgspec.msgpack.encode(frame), fds=fds)
 
     def _start_sending(self, posted: Posted) -> None:
-        chosen: list[int] = []
-        spans: list[list[tuple[int, int]]] = []
-        if posted.digests is not Digests.OFF:
-            chunks = self._chunks(posted)
-            chosen = choose(posted.digests, len(chunks))
-            spans = [
-                spans_of_chunk(self._regions, chunks[i], posted.block_ids, posted.heads)
-                for i in chosen
-            ]
-        if posted.digests is not Digests.ALWAYS:  # too little to bother a thread with
-            self._announce(posted, list(zip(chosen, map(digest, spans), strict=True)))
-            return
-        digests: list[tuple[int, bytes]] = []
-
-        def compute() -> None:
-            digests.extend((i, digest(span)) for i, span in zip(chosen, spans, strict=True))
-
-        then = partial(self._announce, posted, digests)
-        self._start_job(CopyJob.of_one(posted, compute, then, self._finish_job))
-
-    def _announce(self, posted: Posted, digests: list[tuple[int, bytes]]) -> None:
+        lens = [slice_len(region, posted.heads) for region in self._regions]
+        pieces = choose_pieces(posted.digests, lens, len(posted.block_ids))
         inline = []
         for index in range(len(self._regions)) if self._outside else ():
             for block_id in posted.block_ids:
                 for addr, length in self._outside.get((index, block_id), ()):
                     inline.append((addr, bytes(memory.view(addr, length))))
-        ready = _Ready(
+        ready = Ready(
             transfer_id=posted.transfer_id,
             block_ids=tuple(posted.block_ids),
             heads=posted.heads,
             inline=tuple(inline),
-            digests=tuple(digests),
+            vouched=tuple((piece.region, piece.first, piece.num_blocks) for piece in pieces),
             is_complete=posted.digests is Digests.ALWAYS,
         )
         self._send(posted, ready)
+        if not pieces:
+            return
+        job = CopyJob(posted, None, self._finish_job)
+        job.parts.append(Part([], self._spans_of(posted, pieces)))
+        if posted.digests is Digests.ALWAYS:
+            self._start_job(job)
+        else:  # too little to bother a thread with
+            job.on_done = lambda job: self._vouch(posted, job)
+            job.run()
+
+    def _vouch(self, posted: Posted, job: CopyJob) -> None:
+        """Send the digests that a job has computed."""
+        if job.error is not None:
+            self._lose(posted.peer_id, posted.direction, str(job.error))
+            return
+        digests = tuple(job.digests[i] for i in range(len(job.digests)))
+        self._send(posted, Vouched(transfer_id=posted.transfer_id, digests=digests))
+
+    def _spans_of(self, posted: Posted, pieces: Sequence[Piece]) -> dict[int, Spans]:
+        """Return where the bytes of pieces are here, by their index."""
+        return {
+            i: spans_of_chunk(self._regions, Chunk((piece,), 0), posted.block_ids, posted.heads)
+            for i, piece in enumerate(pieces)
+        }
 
     # Consumer's half
 
-    def _open_source(self, peer_id: str, frame: _Memory) -> None:
+    def _open_source(self, peer_id: str, frame: Memory) -> None:
         link = self._links.link(peer_id, Direction.RECEIVING)
         if link is None or peer_id in self._sources:
             raise RemoteProtocolError("memory announced twice")
         if len(link.received_fds) != len(frame.spans):
             raise RemoteProtocolError(f"{len(link.received_fds)} descriptors for {frame.spans}")
-        regions = [_check_region(*pair) for pair in zip(self._regions, frame.regions, strict=False)]
+        regions = [check_region(*pair) for pair in zip(self._regions, frame.regions, strict=False)]
         if len(regions) != len(self._regions) or len(regions) != len(frame.regions):
             raise RemoteProtocolError(f"the peer has {len(frame.regions)} regions")
         spans = []
@@ -366,40 +361,33 @@ class ShmTransport(HostTransport):
             raise RemoteProtocolError("blocks announced before the memory that holds them")
         if posted.is_busy or posted.is_copied:
             raise RemoteProtocolError(f"transfer {posted.transfer_id} announced twice")
-        _check_ready(ready, posted, source)
-        then = partial(self._report_copied, posted)
-        job = CopyJob(posted, source, then, self._finish_job, self._options.on_received)
+        check_ready(ready, posted, source, min(region.num_heads for region in self._regions))
+        job = CopyJob(posted, source, self._finish_job, self._options.on_received)
         self._plan(job, ready)
         job.num_threads = max(1, min(self._options.num_copy_threads, len(job.parts)))
         self._start_job(job)
 
-    def _plan(self, job: CopyJob, ready: _Ready) -> None:
+    def _plan(self, job: CopyJob, ready: Ready) -> None:
         """Turn blocks into address ranges; in parts for several threads or digests."""
         posted = job.posted
-        digests = dict(ready.digests)
-        chunks = self._chunks(posted) if digests else []
-        if any(not 0 <= index < len(chunks) for index in digests):
-            raise RemoteProtocolError("a digest of a chunk that is not")
-        checks = {
-            i: Check(spans_of_chunk(self._regions, chunks[i], posted.block_ids, posted.heads), d)
-            for i, d in digests.items()
-        }
+        pieces = [Piece(*piece) for piece in ready.vouched]
+        check_pieces(pieces, len(self._regions), len(posted.block_ids))
+        hashed = self._spans_of(posted, pieces)
         inline = dict(ready.inline)
-        if ready.is_complete and len(checks) == len(chunks):  # verify while it is in the cache
-            for i, chunk in enumerate(chunks):
-                part = Part([], [checks[i]])
-                for piece in chunk.pieces:
-                    place = slice(piece.first, piece.first + piece.num_blocks)
-                    runs = merge_runs(ready.block_ids[place], posted.block_ids[place])
-                    self._plan_region(job, part, piece.region, runs, (ready.heads, inline))
+        if ready.is_complete and covers_all(pieces, len(self._regions), len(posted.block_ids)):
+            for i, piece in enumerate(pieces):  # hash while it is in the cache
+                part = Part([], {i: hashed[i]})
+                place = slice(piece.first, piece.first + piece.num_blocks)
+                runs = merge_runs(ready.block_ids[place], posted.block_ids[place])
+                self._plan_region(job, part, piece.region, runs, (ready.heads, inline))
                 job.parts.append(part)
             return
         runs = merge_runs(ready.block_ids, posted.block_ids)
-        whole = Part([], [])
+        whole = Part([], {})
         for index in range(len(self._regions)):
             self._plan_region(job, whole, index, runs, (ready.heads, inline))
         job.parts += whole.split(self._options.num_copy_threads)
-        job.checks += checks.values()
+        job.hashed_last = hashed
 
     def _plan_region(
         self,
@@ -417,12 +405,26 @@ class ShmTransport(HostTransport):
         part.moves.extend(moves)
         job.keep += keep
 
-    def _report_copied(self, posted: Posted) -> None:
+    def _settle(self, peer_id: str, transfer_id: int) -> None:
+        """Tell the producer of a copy, once the digests for it are here."""
+        job = self._copied.get((peer_id, transfer_id))
+        vouched = self._vouched.get((peer_id, transfer_id))
+        if job is None or (vouched is None and job.digests and job.error is None):
+            return
+        del self._copied[peer_id, transfer_id]
+        self._vouched.pop((peer_id, transfer_id), None)
+        posted, error = job.posted, job.error
+        theirs = vouched.digests if vouched is not None else ()
+        if error is None and tuple(job.digests[i] for i in range(len(job.digests))) != theirs:
+            error = DigestMismatchError(
+                f"transfer {transfer_id}: the bytes copied are not those sent"
+            )
+        if error is not None:
+            self._ledger.end(posted, error)
+            self._send(posted, Abandoned(transfer_id=transfer_id, reason=str(error)))
+            return
         posted.is_copied = True
-        self._send(posted, _Copied(transfer_id=posted.transfer_id))
-
-    def _chunks(self, posted: Posted) -> list[Chunk]:
-        return plan_chunks(self._regions, posted.heads, len(posted.block_ids), max_len=CHUNK_LEN)
+        self._send(posted, Copied(transfer_id=transfer_id))
 
     def _forget(self, peer_id: str, direction: Direction) -> None:
         if direction is Direction.SENDING:
@@ -430,8 +432,9 @@ class ShmTransport(HostTransport):
         for job in self._jobs:
             if job.posted.peer_id == peer_id and job.posted.direction is direction:
                 job.cancel()
-        for key in [key for key in self._ready if key[0] == peer_id]:
-            del self._ready[key]
+        for table in (self._ready, self._vouched, self._copied):
+            for key in [key for key in table if key[0] == peer_id]:
+                del table[key]
         if source := self._sources.pop(peer_id, None):
             self._gone.append(source)
             self._close_gone_sources()
@@ -442,49 +445,6 @@ class ShmTransport(HostTransport):
         for source in [source for source in self._gone if id(source) not in in_use]:
             self._gone.remove(source)
             source.close()
-
-
-def _check_region(ours: KVRegion, theirs: _RegionInfo) -> KVRegion:
-    """Return the peer's region if its heads are like ours.
-
-    Raises:
-        RemoteProtocolError: they are not.
-    """
-    if (
-        theirs.num_rows != ours.num_rows
-        or theirs.num_heads < 1
-        or theirs.num_blocks < 1
-        or theirs.block_len != theirs.num_rows * theirs.num_heads * ours.head_len
-    ):
-        raise RemoteProtocolError(f"the peer's region {theirs} does not fit {ours.name}")
-    return KVRegion(
-        ours.name,
-        theirs.addr,
-        theirs.num_blocks,
-        theirs.block_len,
-        num_rows=theirs.num_rows,
-        num_heads=theirs.num_heads,
-    )
-
-
-def _check_ready(ready: _Ready, posted: Posted, source: Source) -> None:
-    """Compare what the producer offers with what was asked for.
-
-    Raises:
-        RemoteProtocolError: they differ.
-    """
-    theirs = source.regions
-    if len(ready.block_ids) != len(posted.block_ids):
-        raise RemoteProtocolError(
-            f"{len(ready.block_ids)} blocks announced, not {len(posted.block_ids)}"
-        )
-    num_blocks = min(region.num_blocks for region in theirs)
-    if min(ready.block_ids) < 0 or max(ready.block_ids) >= num_blocks:
-        raise RemoteProtocolError("block ids beyond the peer's regions")
-    num_heads = min(region.num_heads for region in theirs)
-    first, count = ready.heads if ready.heads is not None else (0, num_heads)
-    if first < 0 or count < 1 or first + count > num_heads:
-        raise RemoteProtocolError(f"{count} heads from {first}, of {num_heads}")
 
 
 def _probe(pid: int, addr: int) -> None:

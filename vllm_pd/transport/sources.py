@@ -122,20 +122,22 @@ class MappedSource(Source):
     def _patch(self, region: KVRegion, block_id: int, inline: Inline) -> bytearray:
         """Put a block together from what is mapped and what came with the message."""
         addr, length = region.addr + block_id * region.block_len, region.block_len
-        block, filled = bytearray(length), 0
+        parts: list[tuple[int, memoryview]] = []
         for span in self._spans:
             first = max(addr, span.remote_addr)
             last = min(addr + length, span.remote_addr + span.num_bytes)
             if first < last:
                 part = memory.view(span.addr + first - span.remote_addr, last - first)
-                block[first - addr : last - addr] = part
-                filled += last - first
+                parts.append((first - addr, part))
         for start, data in inline.items():
             if addr <= start and start + len(data) <= addr + length:
-                block[start - addr : start - addr + len(data)] = data
-                filled += len(data)
-        if filled != length:
+                parts.append((start - addr, memoryview(data)))
+        # Before memory is taken: the length is what the peer says.
+        if (filled := sum(part.nbytes for _, part in parts)) != length:
             raise RemoteProtocolError(f"{filled} bytes of a block are readable, not {length}")
+        block = bytearray(length)
+        for offset, part in parts:
+            block[offset : offset + part.nbytes] = part
         return block
 
 

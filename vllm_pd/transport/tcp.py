@@ -18,25 +18,33 @@ import logging
 import socket
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import msgspec
 
 from vllm_pd.errors import (
     DigestMismatchError,
+    PeerLostError,
     RemoteProtocolError,
     TransferError,
     TransportUnavailableError,
 )
 from vllm_pd.transport.base import KVRegion, TransferOutcome, TransportOptions
 from vllm_pd.transport.chunks import Chunk, plan_chunks
+from vllm_pd.transport.device import DeviceInterface
 from vllm_pd.transport.digests import choose, digest_of
 from vllm_pd.transport.host import HostTransport
 from vllm_pd.transport.ledger import Posted
 from vllm_pd.transport.link import Outgoing
 from vllm_pd.transport.links import Direction, Endpoint, LinkEvent, LinkPool
-from vllm_pd.transport.payload import DirectPayload, Landing, Payload, StagedPayload
+from vllm_pd.transport.payload import (
+    DirectPayload,
+    Landing,
+    Payload,
+    StagedPayload,
+    device_of,
+)
 from vllm_pd.transport.tls import TlsContexts, TlsSocket, make_contexts
 from vllm_pd.transport.wakeup import Wakeup
 
@@ -110,11 +118,21 @@ class _Traffic:
 
 
 class TcpTransport(HostTransport):
-    """See the module and ``Transport``."""
+    """See the module and ``Transport``.
+
+    Args:
+        options: see there.
+        open_device: finds what holds a KV cache that is not in host memory.
+    """
 
     name = "tcp"
 
-    def __init__(self, options: TransportOptions) -> None:
+    def __init__(
+        self,
+        options: TransportOptions,
+        *,
+        open_device: Callable[[Sequence[KVRegion]], DeviceInterface] = device_of,
+    ) -> None:
         family = socket.AF_INET6 if ":" in options.host else socket.AF_INET
         self._tls = _make_tls(options)
         listener = socket.socket(family, socket.SOCK_STREAM)
@@ -137,6 +155,7 @@ class TcpTransport(HostTransport):
             )
         )
         self._options = options
+        self._open_device = open_device
         self._wake = Wakeup()
         self._links.watch(self._wake.fileno())
         self._payload: Payload = DirectPayload(())
@@ -148,8 +167,12 @@ class TcpTransport(HostTransport):
             self._payload = DirectPayload(self._regions)
             return
         self._regions = tuple(regions)
-        self._payload = StagedPayload.of_torch(
-            self._regions, self._options.staging_len, CHUNK_LEN, self._wake.set
+        self._payload = StagedPayload(
+            self._regions,
+            self._open_device(self._regions),
+            staging_len=self._options.staging_len,
+            chunk_len=CHUNK_LEN,
+            wake=self._wake.set,
         )
 
     @property
@@ -193,6 +216,7 @@ class TcpTransport(HostTransport):
                 self._forget(peer_id, direction)
         self._payload.close()
         self._collect_staged()
+        self._ledger.fail_all(PeerLostError("the transport was closed"))  # busy until now
         self._wake.close()
 
     # Producer's half
@@ -287,7 +311,11 @@ class TcpTransport(HostTransport):
                     f"transfer {posted.transfer_id}: the bytes received are not those sent"
                 )
             posted.verify_s += time.monotonic() - started
-        self._payload.landed(posted, data.chunk, inbound.chunks[data.chunk], landing)
+        try:
+            self._payload.landed(posted, data.chunk, inbound.chunks[data.chunk], landing)
+        except TransferError as exc:
+            inbound.error = exc
+            self._payload.give_up(landing)
         self._finish_if_complete(inbound)
 
     def _finish_if_complete(self, inbound: _Inbound) -> None:
@@ -339,7 +367,10 @@ class TcpTransport(HostTransport):
                 self._ledger.end(posted)
         if self._payload.takes_buffers:
             for peer_id in list(self._traffic):
-                self._resume(peer_id)
+                try:
+                    self._resume(peer_id)
+                except RemoteProtocolError as exc:
+                    self._lose(peer_id, Direction.RECEIVING, str(exc))
 
     def _forget(self, peer_id: str, direction: Direction) -> None:
         if traffic := self._traffic.get(peer_id):
