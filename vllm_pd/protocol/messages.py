@@ -313,5 +313,5 @@ def decode(payload: bytes) -> AnyMessage:
     """
     try:
         return _decoder.decode(payload)
-    except (msgspec.DecodeError, RecursionError) as exc:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
         raise RemoteProtocolError(f"malformed message: {exc}") from exc

@@ -125,9 +125,9 @@ def moves_between(
         src_heads: heads to read, as many as ``dst_heads``; None for all.
     """
     if dst_heads is None and src_heads is None:
-        length = dst.block_len
+        length, to_addr, from_addr = dst.block_len, dst.addr, src.addr
         return [
-            (dst.addr + to * length, src.addr + come * length, count * length)
+            (to_addr + to * length, from_addr + come * length, count * length)
             for come, to, count in dst_runs
         ]
     moves: list[Move] = []

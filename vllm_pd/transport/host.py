@@ -94,7 +94,12 @@ class HostTransport(Transport):
         for event in self._links.poll():
             try:
                 self._handle(event)
-            except (RemoteProtocolError, msgspec.DecodeError, OSError) as exc:
+            except (
+                RemoteProtocolError,
+                msgspec.DecodeError,
+                UnicodeDecodeError,
+                OSError,
+            ) as exc:
                 self._lose(event.peer_id, event.direction, str(exc))
         return self._ledger.drain()
 
@@ -121,6 +126,7 @@ class HostTransport(Transport):
         Raises:
             RemoteProtocolError: it is not allowed here; the link is closed.
             msgspec.DecodeError: it is none; likewise.
+            UnicodeDecodeError: likewise.
             OSError: what it asked for failed; likewise.
         """
 

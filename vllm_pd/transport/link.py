@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import enum
+import itertools
 import os
 import socket
 import struct
@@ -21,6 +22,7 @@ MAX_FDS = 253
 """Most descriptors that the kernel lets travel with one message."""
 
 _MAX_IOV = 512
+_CALL_LEN = 1024 * 1024  # a socket's buffer holds little more, and each part costs time
 _READ_BUDGET = 64 * 1024 * 1024  # bytes per poll and link, so that no peer starves the others
 _HEADER = struct.Struct("!I")
 
@@ -70,8 +72,14 @@ class _Parts:
         self._parts += [part for part in parts if part.nbytes]
 
     def first(self) -> list[memoryview]:
-        """Return as much as one system call takes."""
-        return self._parts[self._next : self._next + _MAX_IOV]
+        """Return about as much as one system call takes."""
+        count = total = 0
+        for part in itertools.islice(self._parts, self._next, self._next + _MAX_IOV):
+            count += 1
+            total += part.nbytes
+            if total >= _CALL_LEN:
+                break
+        return self._parts[self._next : self._next + count]
 
     def consume(self, num_bytes: int) -> None:
         """Cut bytes off at the front."""

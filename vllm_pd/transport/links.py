@@ -168,7 +168,7 @@ class LinkPool:
         """
         try:
             parsed = msgspec.msgpack.decode(endpoint, type=Endpoint)
-        except msgspec.DecodeError as exc:
+        except (msgspec.DecodeError, UnicodeDecodeError) as exc:
             raise RemoteProtocolError(f"endpoint of the {self._scheme} transport: {exc}") from exc
         if parsed.scheme != self._scheme:
             raise RemoteProtocolError(f"{parsed.scheme!r} endpoint given to {self._scheme!r}")
@@ -396,7 +396,7 @@ class LinkPool:
             greeting = msgspec.msgpack.decode(
                 item if isinstance(item, bytes) else b"", type=Greeting
             )
-        except msgspec.DecodeError as exc:
+        except (msgspec.DecodeError, UnicodeDecodeError) as exc:
             raise RemoteProtocolError(f"greeting: {exc}") from exc
         if not hmac.compare_digest(greeting.token, self._token):
             raise RemoteProtocolError("greeting with a wrong token")

@@ -79,6 +79,13 @@ def copy(dst: int, src: int, num_bytes: int) -> None:
     ctypes.memmove(dst, src, num_bytes)
 
 
+def copy_all(moves: Iterable[tuple[int, int, int]]) -> None:
+    """Copy all ``(dst, src, num_bytes)``; the GIL is released during each."""
+    move = ctypes.memmove
+    for dst, src, num_bytes in moves:
+        move(dst, src, num_bytes)
+
+
 def allow_reading() -> None:
     """Let processes of this user read this process's memory.
 

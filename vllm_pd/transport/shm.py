@@ -205,9 +205,11 @@ class ShmTransport(HostTransport):
                 if posted := self._ledger.find(peer_id, event.direction, frame.transfer_id):
                     self._start_receiving(posted)
             case Vouched():
-                if self._ledger.find(peer_id, event.direction, frame.transfer_id):
-                    self._vouched[peer_id, frame.transfer_id] = frame
-                    self._settle(peer_id, frame.transfer_id)
+                key = peer_id, frame.transfer_id
+                # Not for a transfer that has failed meanwhile: nobody would take it away.
+                if key in self._ready or self._ledger.find(key[0], event.direction, key[1]):
+                    self._vouched[key] = frame
+                    self._settle(*key)
             case Confirmed():
                 posted = self._find(event, frame.transfer_id)
                 if not posted.is_copied:

@@ -99,8 +99,7 @@ class MappedSource(Source):
         return moves, patches
 
     def read(self, moves: Sequence[Move]) -> None:  # noqa: D102
-        for dst, src, num_bytes in moves:
-            memory.copy(dst, src, num_bytes)
+        memory.copy_all(moves)
 
     def close(self) -> None:  # noqa: D102
         for span in self._spans:

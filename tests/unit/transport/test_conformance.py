@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import dataclasses
 import functools
 import tempfile
@@ -10,16 +9,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 
 from tests.stand_in_device import StandInDevice
-from tests.transport_conformance import HostTransportConformance, Pair
+from tests.transport_conformance import MIB, HostTransportConformance, Pair
+from tests.unit.transport.placing import on_device
 from vllm_pd.session.keys import ClusterKey, load_cluster_key, write_cluster_key
 from vllm_pd.transport.base import KVRegion, Transport, TransportOptions
 from vllm_pd.transport.shm import ShmTransport
 from vllm_pd.transport.tcp import TcpTransport
-
-NOWHERE = 8  # what device memory must not be reached by: its host address
 
 
 class TestShmTransport(HostTransportConformance):
@@ -40,7 +37,7 @@ class TestShmTransportWhereMemfdIsRefused(HostTransportConformance):
 
     @pytest.fixture(autouse=True)
     def refuse_memfd(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        def refuse(name: str, flags: int = 0) -> int:
+        def refuse(*_: object) -> int:
             raise PermissionError(1, "Operation not permitted")
 
         monkeypatch.setattr("os.memfd_create", refuse)
@@ -94,51 +91,29 @@ class TestTcpTransportOverTls(HostTransportConformance):
 
 
 class TestTcpTransportOfADevice(HostTransportConformance):
-    """The memory is on the host, but only work on the stand-in's streams may touch it."""
+    """The memory is on the host, but only work on the stand-in's streams may touch it.
 
-    staging_len = 8 << 20
-    options = TransportOptions()
+    There are two staging buffers for each direction, of a few blocks each.
+    """
+
+    buffer_len = 2 * MIB
 
     @pytest.fixture(autouse=True)
     def device(self, monkeypatch: pytest.MonkeyPatch) -> Iterator[StandInDevice]:
-        # Small chunks, for small buffers; both ends must agree, and are in this process.
-        monkeypatch.setattr("vllm_pd.transport.tcp.CHUNK_LEN", 512 * 1024)
+        # Both ends must agree on the length of chunks, and are in this process.
+        monkeypatch.setattr("vllm_pd.transport.tcp.CHUNK_LEN", self.buffer_len)
         self.device_in_use = StandInDevice()
         yield self.device_in_use
         self.device_in_use.close()
 
     def make_with(self, options: TransportOptions) -> Transport:
         return TcpTransport(
-            dataclasses.replace(options, staging_len=self.staging_len),
+            dataclasses.replace(options, staging_len=4 * self.buffer_len),
             open_device=lambda _: self.device_in_use,
         )
 
     def locate(self, region: KVRegion) -> KVRegion:
-        memory = (ctypes.c_uint8 * (region.num_blocks * region.block_len)).from_address(region.addr)
-        tensor = torch.frombuffer(memory, dtype=torch.uint8).view(
-            region.num_blocks, region.num_rows, region.num_heads, -1
-        )
-        return dataclasses.replace(
-            region, addr=NOWHERE, device="stand-in", tensor=self.device_in_use.place(tensor)
-        )
+        return on_device(region, self.device_in_use)
 
     def test_mode_is_staged(self, pair: Pair) -> None:
         assert pair[0].transport.mode == ("staged", "")
-
-
-class TestTcpTransportOfADeviceWithFewBuffers(TestTcpTransportOfADevice):
-    """Two buffers for each direction."""
-
-    staging_len = 4 * (2 << 20)
-
-    @pytest.fixture(autouse=True)
-    def long_chunks(self, device: StandInDevice, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("vllm_pd.transport.tcp.CHUNK_LEN", 2 << 20)
-
-
-class TestTcpTransportOfADeviceOverTls(TestTcpTransportOfADevice):
-    def make_with(self, options: TransportOptions) -> Transport:
-        return super().make_with(with_certificate(options))
-
-    def test_mode_is_staged(self, pair: Pair) -> None:
-        assert pair[0].transport.mode == ("staged+tls", "")
