@@ -25,6 +25,12 @@ statistics on the wire        ``stats.data``              ``stats.to_dict()``, w
 label of external hits        none                        ``_cache_hit_source``
 KV cache on CPU               one allocation per layer    one for all layers: shapes are
                                                           read from the tensors
+KV cache on CUDA              keys and values in one      one tensor per layer; the
+                              tensor of five dimensions:  order in memory is in its
+                              refused                     strides
+KV cache specs                in both ``FullAttentionSpec`` and ``MLAAttentionSpec``;
+                              special kinds of them come and go
+preferred layout              ``HND`` or ``NHD``          the same, or five letters
 frees after a stop, with      at once                     once no step that may write
 asynchronous scheduling                                   the blocks is in flight
 ============================  ==========================  ============================
@@ -36,11 +42,12 @@ base class that are right for this connector.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
     from vllm.config import ParallelConfig, VllmConfig
+    from vllm.v1.kv_cache_interface import KVCacheSpec
 
 T = TypeVar("T")
 
@@ -78,6 +85,44 @@ def in_rank_order(metadata: Mapping[Any, T]) -> list[T]:
         return key if isinstance(key, tuple) else (key,)
 
     return [metadata[key] for key in sorted(metadata, key=rank)]
+
+
+_SPECIAL_SPECS = ("HiddenStateCacheSpec", "RSWASpec", "SinkFullAttentionSpec")
+
+
+def unsupported_specs(specs: Iterable[KVCacheSpec]) -> list[str]:
+    """Return the names of those specs whose blocks cannot be transferred.
+
+    With full attention, block i of a request holds the tokens from i * block_size. With
+    a sliding window vLLM puts the null block, which everybody shares, in the place of
+    blocks it no longer needs; other kinds have blocks of other meanings. Derived kinds of
+    full attention, e.g. of a plugin, pass, but for those known to do such things.
+    """
+    from vllm.v1 import kv_cache_interface as interface
+
+    special = tuple(getattr(interface, n) for n in _SPECIAL_SPECS if hasattr(interface, n))
+    refused: list[str] = []
+    for spec in specs:
+        is_wrapper = isinstance(spec, interface.UniformTypeKVCacheSpecs)
+        for each in spec.kv_cache_specs.values() if is_wrapper else (spec,):
+            if not isinstance(each, interface.FullAttentionSpec) or isinstance(each, special):
+                refused.append(type(each).__name__)
+    return list(dict.fromkeys(refused))
+
+
+def preferred_layout(vllm_config: VllmConfig) -> str | None:
+    """Return the order of a block's contents that this connector asks vLLM for.
+
+    With the heads before the tokens, what a rank of another tensor-parallel size wants
+    of a block is one run of bytes. None where nothing is to be gained or to be chosen:
+    with one latent head, and where the kernels know one order only.
+    """
+    from vllm.platforms import current_platform
+
+    model = vllm_config.model_config
+    if model is None or model.use_mla or current_platform.device_type in {"cpu", "npu"}:
+        return None
+    return "HND"
 
 
 def cpu_packing(vllm_config: VllmConfig) -> str:

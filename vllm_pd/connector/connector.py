@@ -28,6 +28,8 @@ from vllm_pd.connector.compat import (
     cpu_packing,
     engine_index,
     in_rank_order,
+    preferred_layout,
+    unsupported_specs,
 )
 from vllm_pd.connector.kv_cache import model_digest
 from vllm_pd.connector.metadata import PDConnectorMetadata, PDHandshakeMetadata
@@ -166,7 +168,9 @@ class PDConnector(KVConnectorBase_V1, SupportsHMA):
         """Pack what the worker half must know in this step."""
         news = self._scheduler_half.build_step_news()
         failed, self._failed_loads = self._failed_loads, []
-        return PDConnectorMetadata(news.loads, news.grants, news.releases, news.renewals, failed)
+        return PDConnectorMetadata(
+            news.loads, news.grants, news.releases, news.renewals, failed, news.num_blocks_saved
+        )
 
     @_contained(lambda: None)
     def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
@@ -234,6 +238,7 @@ class PDConnector(KVConnectorBase_V1, SupportsHMA):
     @_contained(lambda: None)
     def _start(self, metadata: PDConnectorMetadata) -> None:
         self._worker_half.fail(metadata.failed_loads)
+        self._worker_half.add_saved_blocks(metadata.num_blocks_saved)
         self._worker_half.start(
             metadata.loads, metadata.grants, metadata.releases, metadata.renewals
         )
@@ -279,7 +284,12 @@ class PDConnector(KVConnectorBase_V1, SupportsHMA):
         if self._endpoint is not None:
             self._endpoint.close()
 
-    # The API server's process, where there is no instance of this class
+    # Where there is no instance of this class: before there is one, and in the API server
+
+    @classmethod
+    def get_required_kvcache_layout(cls, vllm_config: VllmConfig) -> str | None:
+        """Ask for the order of a block's contents that is best to transfer; None: any."""
+        return preferred_layout(vllm_config)
 
     @classmethod
     def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> PDConnectorStats:
@@ -327,7 +337,8 @@ def _check_supported(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig | N
     """Refuse what would give wrong answers.
 
     Raises:
-        ConfigError: pipeline or context parallelism, or more than one KV cache group.
+        ConfigError: pipeline or context parallelism, more than one KV cache group, or
+            one in which vLLM drops blocks of a prompt, or adds some.
     """
     parallel = vllm_config.parallel_config
     for name in (
@@ -337,10 +348,16 @@ def _check_supported(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig | N
     ):
         if getattr(parallel, name, 1) > 1:
             raise ConfigError(f"{name} > 1 is not supported by this connector")
-    if kv_cache_config is not None and len(kv_cache_config.kv_cache_groups) > 1:
+    groups = kv_cache_config.kv_cache_groups if kv_cache_config is not None else []
+    if len(groups) > 1:
         raise ConfigError(
-            f"the model has {len(kv_cache_config.kv_cache_groups)} KV cache groups",
+            f"the model has {len(groups)} KV cache groups",
             hint="models that mix attention types are not supported yet",
+        )
+    if refused := unsupported_specs(group.kv_cache_spec for group in groups):
+        raise ConfigError(
+            f"the model's KV cache is of {', '.join(refused)}",
+            hint="only full attention and multi-head latent attention are supported yet",
         )
 
 

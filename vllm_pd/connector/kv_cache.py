@@ -1,18 +1,21 @@
 """From vLLM's KV cache tensors to regions and a fingerprint.
 
-Shapes, as read in vLLM 0.32.0 and seen in a run: on CPU one tensor per layer,
-``(num_blocks, num_kv_heads, block_size, 2 * head_size)``, a view of one
-allocation for all layers, block-contiguous. vllm-ascend 0.23.0 gives a tuple of
-K and V, each ``(num_blocks, block_size, num_kv_heads, head_size)``.
+Shapes, as read in vLLM 0.32.0 and seen in a run: one tensor per layer,
+``(num_blocks, num_kv_heads, block_size, 2 * head_size)``, a view of one allocation
+for all layers. On CPU the heads of a block come first in memory, too; elsewhere the
+strides tell, and the tokens come first by default. vllm-ascend 0.23.0 gives a tuple
+of K and V, each ``(num_blocks, block_size, num_kv_heads, head_size)``; multi-head
+latent attention has one head, and a tensor may lack that dimension.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeAlias
 
 from vllm_pd.errors import ConfigError
 from vllm_pd.protocol.messages import KVLayout
@@ -21,18 +24,32 @@ from vllm_pd.transport.base import KVRegion
 if TYPE_CHECKING:
     import torch
 
+KVCaches: TypeAlias = "Mapping[str, torch.Tensor | Sequence[torch.Tensor]]"
+"""What vLLM registers: tensors, or tuples of them, by layer."""
+
 _SAMPLE_LEN = 4096
 _NUM_SAMPLES = 1024
 _MAX_HEADER_LEN = 100 * 1024 * 1024
 _VOLATILE_KEYS = {"_name_or_path", "name_or_path", "transformers_version"}
 
 
-def to_regions(
-    kv_caches: Mapping[str, torch.Tensor | Sequence[torch.Tensor]],
-    *,
-    num_heads: int,
-    block_size: int,
-) -> list[KVRegion]:
+@dataclass(frozen=True, slots=True)
+class _Arrangement:
+    """How the blocks of one tensor lie in memory.
+
+    Attributes:
+        dims: the tensor's dimensions, from the outermost in memory to the innermost.
+        order: their names: Blocks, Heads, tokens (N) and the Content of one head for
+            one token.
+        num_rows: rows per block.
+    """
+
+    dims: tuple[int, ...]
+    order: str
+    num_rows: int
+
+
+def to_regions(kv_caches: KVCaches, *, num_heads: int, block_size: int) -> list[KVRegion]:
     """Describe the tensors of ``register_kv_caches`` as contiguous spans of blocks.
 
     Args:
@@ -48,66 +65,109 @@ def to_regions(
         ConfigError: a tensor's blocks are not contiguous, its heads cannot be told
             apart, or there is none.
     """
-    regions: list[KVRegion] = []
-    for layer_name, cache in kv_caches.items():
-        tensors: list[torch.Tensor] = (
-            list(cache) if isinstance(cache, (tuple, list)) else [cache]  # type: ignore[list-item]
-        )
-        for index, tensor in enumerate(tensors):
-            name = layer_name if len(tensors) == 1 else f"{layer_name}.{index}"
-            num_rows = _num_rows(
-                name, tuple(tensor.shape), num_heads, block_size, is_alone=len(tensors) == 1
-            )
-            regions.append(_to_region(name, tensor, num_heads, num_rows))
+    regions = [
+        _to_region(name, tensor, num_heads, _arrange(name, tensor, num_heads, block_size, is_alone))
+        for name, tensor, is_alone in _named_tensors(kv_caches)
+    ]
     if not regions:
         raise ConfigError("vLLM registered no KV cache")
     return regions
 
 
-def _to_region(name: str, tensor: torch.Tensor, num_heads: int, num_rows: int) -> KVRegion:
-    if tensor.dim() < 2 or not tensor.is_contiguous():
+def memory_order(kv_caches: KVCaches, *, num_heads: int, block_size: int) -> str:
+    """Name the order in memory of what a block consists of, e.g. ``BNHC``.
+
+    It depends on vLLM's attention backend and options, not on the number of heads of
+    a rank, so peers can be told apart by it whatever their tensor-parallel sizes.
+
+    Args:
+        kv_caches: as for ``to_regions``.
+        num_heads: KV heads on this rank.
+        block_size: tokens per block.
+
+    Raises:
+        ConfigError: it cannot be told.
+    """
+    orders = (
+        _arrange(name, tensor, num_heads, block_size, is_alone).order
+        for name, tensor, is_alone in _named_tensors(kv_caches)
+    )
+    return "+".join(dict.fromkeys(orders))
+
+
+def _named_tensors(kv_caches: KVCaches) -> Iterator[tuple[str, torch.Tensor, bool]]:
+    """Yield each region's name and tensor, and whether the layer is no tuple."""
+    for layer_name, cache in kv_caches.items():
+        if not isinstance(cache, (tuple, list)):
+            yield layer_name, cache, True  # type: ignore[misc]
+            continue
+        for index, tensor in enumerate(cache):
+            name = layer_name if len(cache) == 1 else f"{layer_name}.{index}"
+            yield name, tensor, False
+
+
+def _to_region(
+    name: str, tensor: torch.Tensor, num_heads: int, arrangement: _Arrangement
+) -> KVRegion:
+    ordered = tensor.permute(arrangement.dims)
+    if not ordered.is_contiguous():
         raise ConfigError(
-            f"KV cache of {name}: shape {tuple(tensor.shape)}, strides {tensor.stride()} is not "
-            "one contiguous run per block",
-            hint="hybrid and compressed KV caches are not supported",
+            f"KV cache of {name}: shape {tuple(tensor.shape)}, strides {tensor.stride()}: blocks "
+            "are not contiguous, or do not follow each other without gaps",
+            hint="unset VLLM_KV_CACHE_LAYOUT or set it to HND; padded and compressed KV caches "
+            "are not supported",
         )
     # data_ptr, never the storage's base: in 0.32 all layers share one storage.
     return KVRegion(
         name=name,
         addr=tensor.data_ptr(),
         num_blocks=tensor.shape[0],
-        block_len=tensor.stride(0) * tensor.element_size(),
+        block_len=ordered.stride(0) * tensor.element_size(),
         device=tensor.device.type,
-        num_rows=num_rows,
+        num_rows=arrangement.num_rows,
         num_heads=num_heads,
-        tensor=None if tensor.device.type == "cpu" else tensor,
+        tensor=None if tensor.device.type == "cpu" else ordered,
     )
 
 
-def _num_rows(
-    name: str, shape: tuple[int, ...], num_heads: int, block_size: int, *, is_alone: bool
-) -> int:
-    """Return the rows per block: 1 where heads come first, else one per token.
+def _arrange(
+    name: str, tensor: torch.Tensor, num_heads: int, block_size: int, is_alone: bool
+) -> _Arrangement:
+    """Tell a tensor's dimensions apart, and their order in memory.
+
+    The answer for one head must be the one for many: another rank count has more
+    heads of the same cache. The stride of a dimension of size 1 is that of the
+    dimensions inside it, so it still tells where the dimension belongs.
 
     Where there are as many heads as tokens, the shape does not tell: vLLM's single
-    tensors have the heads first, vllm-ascend's pairs the tokens.
+    tensors have the heads first, vllm-ascend's tuples the tokens.
 
     Raises:
-        ConfigError: neither is the case.
+        ConfigError: there are not as many heads and tokens as there should be.
     """
-    if num_heads == 1:
-        return 1  # a block is the head, whatever is in it
+    shape = tuple(tensor.shape)
+    if len(shape) == 5:
+        raise ConfigError(
+            f"KV cache of {name}: shape {shape}: keys and values are in one tensor of five "
+            "dimensions, which is not supported",
+            hint="on a GPU, use vLLM 0.32",
+        )
+    if len(shape) == 3 and num_heads == 1 and shape[1] == block_size:
+        return _Arrangement((0, 1, 2), "BNC", 1)  # a latent cache, whole on every rank
     fits = [
-        rows
-        for rows, wanted in ((1, (num_heads, block_size)), (block_size, (block_size, num_heads)))
-        if len(shape) == 4 and shape[1:3] == wanted
+        (heads, tokens)
+        for heads, tokens in ((1, 2), (2, 1))
+        if len(shape) == 4 and (shape[heads], shape[tokens]) == (num_heads, block_size)
     ]
     if not fits:
         raise ConfigError(
             f"KV cache of {name}: cannot tell {num_heads} heads and {block_size} tokens per "
             f"block in shape {shape}"
         )
-    return fits[0] if is_alone else fits[-1]
+    heads, tokens = fits[0] if is_alone else fits[-1]
+    if tensor.stride(heads) > tensor.stride(tokens):
+        return _Arrangement((0, heads, tokens, 3), "BHNC", 1)
+    return _Arrangement((0, tokens, heads, 3), "BNHC", block_size)
 
 
 def to_layout(regions: Sequence[KVRegion]) -> KVLayout:

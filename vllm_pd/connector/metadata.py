@@ -23,6 +23,8 @@ class PDConnectorMetadata(KVConnectorMetadata):
         releases: transfer ids that nobody will fetch.
         renewals: transfer ids that will be fetched later.
         failed_loads: request ids whose load could not even be planned, and their blocks.
+        num_blocks_saved: blocks of prompts of which nothing is fetched, because the
+            prefix cache has them.
     """
 
     loads: list[FetchRequest] = field(default_factory=list)
@@ -30,6 +32,7 @@ class PDConnectorMetadata(KVConnectorMetadata):
     releases: list[str] = field(default_factory=list)
     renewals: list[str] = field(default_factory=list)
     failed_loads: list[tuple[str, tuple[int, ...]]] = field(default_factory=list)
+    num_blocks_saved: int = 0
 
 
 @dataclass

@@ -121,6 +121,7 @@ class PDPromMetrics(KVConnectorPromMetrics):
             self._bandwidth.of(engine_idx).observe(fetch.num_bytes / timeline.transfer_s)
 
     def _count(self, data: StatsData, engine_idx: int) -> None:
+        self._saved_bytes.of(engine_idx).inc(data.num_bytes_saved)
         self._sent_bytes.of(engine_idx).inc(data.num_bytes_sent)
         self._leases_granted.of(engine_idx).inc(data.num_leases_granted)
         for series, counts in (

@@ -6,6 +6,7 @@ the Protocols below name, so that it is tested without an engine.
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -42,6 +43,8 @@ class SchedulerRequest(Protocol):
     prompt_token_ids: list[int] | None
     kv_transfer_params: dict[str, Any] | None
     lora_request: Any
+    mm_features: Sequence[Any]
+    cache_salt: str | None
     status: Any
 
 
@@ -68,6 +71,7 @@ class StepNews:
     grants: list[Grant]
     releases: list[str]
     renewals: list[str]
+    num_blocks_saved: int
 
 
 class PDConnectorScheduler:
@@ -98,6 +102,8 @@ class PDConnectorScheduler:
         self._endpoint = endpoint
         self._remotes: dict[str, RemotePrefill | None] = {}  # request id -> its remote prefill
         self._decided: set[str] = set()  # requests whose remote KV was fetched or given up
+        self._num_cached: dict[str, int] = {}  # tokens in the prefix cache, where nothing is loaded
+        self._num_blocks_saved = 0
         self._leased: dict[str, Grant] = {}  # by request id
         self._transfer_ids: set[str] = set()  # of those
         self._timelines = Timelines()
@@ -123,7 +129,8 @@ class PDConnectorScheduler:
         """Decide how much of the prompt to load from the prefill instance.
 
         vLLM may ask several times for one request, so this records nothing but
-        the checked params; the load is decided in ``update_state_after_alloc``.
+        the checked params and the last answer's reason; the load is decided in
+        ``update_state_after_alloc``.
 
         Args:
             request: the waiting request. Its ``kv_transfer_params`` name the
@@ -148,6 +155,7 @@ class PDConnectorScheduler:
         # vLLM computes the last prompt token in any case, to have something to sample from.
         num_saved = min(remote.remote_num_tokens, request.num_prompt_tokens - 1)
         if num_saved - num_computed_tokens < self._min_load_tokens:
+            self._num_cached[request.request_id] = num_computed_tokens
             return 0, False
         return remote.remote_num_tokens - num_computed_tokens, True
 
@@ -171,9 +179,11 @@ class PDConnectorScheduler:
         if remote is None or request.request_id in self._decided:
             return
         self._decided.add(request.request_id)
+        num_cached = self._num_cached.pop(request.request_id, 0)
         # The fetch protects the lease while it reads, but it has to get there in time.
         self._endpoint.stop_renewing(request.request_id, once_more=num_external_tokens > 0)
         if num_external_tokens == 0:
+            self._num_blocks_saved += min(num_cached, remote.remote_num_tokens) // self._block_size
             self._release(remote)
             return
         if wants_timeline(request.kv_transfer_params):
@@ -199,8 +209,9 @@ class PDConnectorScheduler:
     def build_step_news(self) -> StepNews:
         """Return what the worker half must know now, and forget it."""
         renewals = [t for t in self._endpoint.take_renewals() if t in self._transfer_ids]
-        news = StepNews(self._loads, self._grants, self._endpoint.take_releases(), renewals)
-        self._loads, self._grants = [], []
+        releases = self._endpoint.take_releases()
+        news = StepNews(self._loads, self._grants, releases, renewals, self._num_blocks_saved)
+        self._loads, self._grants, self._num_blocks_saved = [], [], 0
         return news
 
     def request_finished(
@@ -223,6 +234,7 @@ class PDConnectorScheduler:
             remote = self._parse(request)
         else:
             remote = self._remotes.pop(request.request_id)
+        self._num_cached.pop(request.request_id, None)
         if request.request_id in self._decided:
             self._decided.remove(request.request_id)
         elif remote is not None:
@@ -301,7 +313,7 @@ class PDConnectorScheduler:
         elif remote.remote_num_tokens > request.num_prompt_tokens:
             problem = f"{remote.remote_num_tokens} remote tokens, {request.num_prompt_tokens} here"
         elif remote.remote_prompt_digest not in ("", _digest(request, remote.remote_num_tokens)):
-            problem = "the remote prefill is of another prompt"
+            problem = "the remote prefill is of another prompt, adapter, cache salt or image"
         if problem is None:
             return remote
         logger.warning("%s: prefilling locally: %s", request.request_id, problem)
@@ -323,5 +335,22 @@ def _digest(request: SchedulerRequest, num_tokens: int) -> str:
     """Return the digest of a prompt's leading tokens, or ``""`` if it has no token ids."""
     if request.prompt_token_ids is None:  # prompt embeddings
         return ""
+    salt = _salt(request, num_tokens)
+    return prompt_digest(request.prompt_token_ids[:num_tokens], salt=salt)
+
+
+def _salt(request: SchedulerRequest, num_tokens: int) -> str:
+    """Return whatever the KV of a prompt's leading tokens depends on besides their ids.
+
+    The ids of an image's tokens are all the same: vLLM's identifier, a digest of the
+    image, tells them apart, as it does in the prefix cache.
+    """
     lora_name = getattr(request.lora_request, "lora_name", "")
-    return prompt_digest(request.prompt_token_ids[:num_tokens], salt=lora_name)
+    inputs = [
+        (feature.identifier, feature.mm_position.offset)
+        for feature in request.mm_features
+        if feature.mm_position.offset < num_tokens
+    ]
+    if not (lora_name or request.cache_salt or inputs):
+        return ""
+    return json.dumps([lora_name, request.cache_salt or "", inputs])

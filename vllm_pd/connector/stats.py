@@ -44,7 +44,9 @@ class StatsData(msgspec.Struct, kw_only=True):
 
     Attributes:
         fetches: fetches that ended, one entry per request and rank.
-        num_bytes_sent: over all ranks, as the next four.
+        num_bytes_saved: bytes of prompts of which nothing was fetched, being in the
+            prefix cache; over all ranks, as the next five.
+        num_bytes_sent: bytes that consumers have got.
         num_leases_granted: leases that began.
         num_leases_ended: leases that ended, by reason.
         num_handshake_failures: by reason.
@@ -54,6 +56,7 @@ class StatsData(msgspec.Struct, kw_only=True):
     """
 
     fetches: list[FetchRecord] = msgspec.field(default_factory=list)
+    num_bytes_saved: int = 0
     num_bytes_sent: int = 0
     num_leases_granted: int = 0
     num_leases_ended: dict[str, int] = msgspec.field(default_factory=dict)
@@ -72,7 +75,12 @@ class PDConnectorStats(KVConnectorStats):
 
     @classmethod
     def of_worker(
-        cls, tp_rank: int, stats: SessionStats, transports: Mapping[str, tuple[str, str]]
+        cls,
+        tp_rank: int,
+        stats: SessionStats,
+        transports: Mapping[str, tuple[str, str]],
+        *,
+        num_bytes_saved: int = 0,
     ) -> PDConnectorStats:
         """Pack what one worker has to tell.
 
@@ -80,6 +88,7 @@ class PDConnectorStats(KVConnectorStats):
             tp_rank: the worker's rank.
             stats: what happened there since the last time.
             transports: mode and reason, by transport.
+            num_bytes_saved: see ``StatsData``.
         """
         state = WorkerState(
             num_leases=stats.num_leases,
@@ -88,6 +97,7 @@ class PDConnectorStats(KVConnectorStats):
         )
         data = StatsData(
             fetches=stats.fetches,
+            num_bytes_saved=num_bytes_saved,
             num_bytes_sent=stats.num_bytes_sent,
             num_leases_granted=stats.num_leases_granted,
             num_leases_ended=stats.num_leases_ended,
@@ -148,6 +158,8 @@ class PDConnectorStats(KVConnectorStats):
         line: dict[str, int | float] = {}
         if data.fetches:
             line |= _fetch_numbers(data.fetches)
+        if data.num_bytes_saved:
+            line["MB of wholly cached prompts"] = round(data.num_bytes_saved / 1e6, 3)
         if data.num_leases_granted or data.num_leases_ended:
             line["Leases granted"] = data.num_leases_granted
             for reason in LeaseEnd:
@@ -187,6 +199,7 @@ class WorkerHalf(Protocol):
     tp_rank: int
 
     def take_stats(self) -> SessionStats | None: ...  # noqa: D102
+    def take_num_bytes_saved(self) -> int: ...  # noqa: D102
     def transport_info(self) -> dict[str, tuple[str, str]]: ...  # noqa: D102
 
 
@@ -200,6 +213,7 @@ class StatsReporter:
     def __init__(self, worker: WorkerHalf) -> None:
         self._worker = worker
         self._has_reported = False
+        self._last = SessionStats()
 
     def take(self) -> PDConnectorStats | None:
         """Return what is new since the last step; None if nothing is.
@@ -208,10 +222,19 @@ class StatsReporter:
         along with all other news.
         """
         stats = self._worker.take_stats()
-        if stats is None and self._has_reported:
+        num_bytes_saved = self._worker.take_num_bytes_saved()
+        has_news = stats is not None or num_bytes_saved > 0
+        if not has_news and self._has_reported:
             return None
         transports = self._worker.transport_info()
-        if stats is None and not transports:
+        if not has_news and not transports:
             return None
         self._has_reported = True
-        return PDConnectorStats.of_worker(self._worker.tp_rank, stats or SessionStats(), transports)
+        if stats is None:  # nothing happened to the sessions: their state is what it was
+            stats = SessionStats(
+                num_leases=self._last.num_leases, num_blocks_held=self._last.num_blocks_held
+            )
+        self._last = stats
+        return PDConnectorStats.of_worker(
+            self._worker.tp_rank, stats, transports, num_bytes_saved=num_bytes_saved
+        )

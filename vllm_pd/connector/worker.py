@@ -7,12 +7,13 @@ thread; the hooks here hand work over and collect results.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+import msgspec
 
 from vllm_pd.config import ConnectorConfig
-from vllm_pd.connector.kv_cache import to_layout, to_regions
+from vllm_pd.connector.kv_cache import KVCaches, memory_order, to_layout, to_regions
 from vllm_pd.errors import ConfigError
 from vllm_pd.protocol.heads import heads_of_rank
 from vllm_pd.protocol.messages import Fingerprint
@@ -23,9 +24,6 @@ from vllm_pd.session.producer import Grant
 from vllm_pd.session.stats import SessionStats
 from vllm_pd.transport.base import TransportOptions
 from vllm_pd.transport.registry import open_transports
-
-if TYPE_CHECKING:
-    import torch
 
 logger = logging.getLogger(__name__)
 
@@ -56,21 +54,29 @@ class PDConnectorWorker:
         self._tp_size = tp_size
         self.fingerprint = fingerprint
         self._manager: SessionManager | None = None
+        self._block_len = 0
+        self._num_bytes_saved = 0
         self._invalid_block_ids: set[int] = set()
         self._not_started: list[tuple[str, tuple[int, ...]]] = []
         self._transport_info: dict[str, tuple[str, str]] = {}
 
-    def register_kv_caches(
-        self, kv_caches: Mapping[str, torch.Tensor | Sequence[torch.Tensor]]
-    ) -> None:
+    def register_kv_caches(self, kv_caches: KVCaches) -> None:
         """Open the transports on the KV cache and start the session thread.
+
+        On a device, the order of a block's contents in memory joins the fingerprint.
 
         Raises:
             ConfigError: the KV cache, a transport or the key cannot be used.
         """
-        held = heads_of_rank(self.tp_rank, self._tp_size, self.fingerprint.num_kv_heads)
-        regions = to_regions(kv_caches, num_heads=len(held), block_size=self.fingerprint.block_size)
+        ours = self.fingerprint
+        num_heads = len(heads_of_rank(self.tp_rank, self._tp_size, ours.num_kv_heads))
+        regions = to_regions(kv_caches, num_heads=num_heads, block_size=ours.block_size)
         layout = to_layout(regions)
+        self._block_len = layout.block_len
+        if any(region.device != "cpu" for region in regions):
+            order = memory_order(kv_caches, num_heads=num_heads, block_size=ours.block_size)
+            kv_layout = f"{ours.kv_layout}:{order}"
+            self.fingerprint = msgspec.structs.replace(ours, kv_layout=kv_layout)
         transports, refused = open_transports(
             self._config.transport_names, regions, self._transport_options()
         )
@@ -169,6 +175,15 @@ class PDConnectorWorker:
             )
             self._invalid_block_ids.update(fetched.block_ids)
         return set(results.freed), finished_recving
+
+    def add_saved_blocks(self, num_blocks: int) -> None:
+        """Count blocks of prompts that the prefix cache has whole, so that none is fetched."""
+        self._num_bytes_saved += num_blocks * self._block_len
+
+    def take_num_bytes_saved(self) -> int:
+        """Return the bytes of those blocks since the last call."""
+        taken, self._num_bytes_saved = self._num_bytes_saved, 0
+        return taken
 
     def take_stats(self) -> SessionStats | None:
         """Return what happened since the last call; None for nothing."""

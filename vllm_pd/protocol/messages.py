@@ -33,6 +33,7 @@ Durations cross the wire, instants never do: two processes share no clock.
 from __future__ import annotations
 
 import enum
+import math
 from typing import Annotated
 
 import msgspec
@@ -230,6 +231,7 @@ class FetchBlocks(Message, frozen=True, tag="fetch_blocks"):
         num_heads: number of heads; 0 for none.
         num_readers: workers of the consumer's engine that fetch from this producer.
         digests: how much the producer must vouch for.
+        timeout_s: how long the consumer waits; the producer gives up before it.
     """
 
     fetch_id: int
@@ -241,12 +243,15 @@ class FetchBlocks(Message, frozen=True, tag="fetch_blocks"):
     num_heads: int
     num_readers: int
     digests: Digests
+    timeout_s: float
 
     def __post_init__(self) -> None:
         if self.block_offset < 0 or self.num_blocks < 1:
             raise ValueError(f"{self.num_blocks} blocks from {self.block_offset}")
         if self.first_head < 0 or self.num_heads < 0 or self.num_readers < 1:
             raise ValueError(f"{self.num_heads} heads from {self.first_head}")
+        if not 0 < self.timeout_s < math.inf:
+            raise ValueError(f"timeout_s is {self.timeout_s}")
         if len(self.transfer_id) > MAX_ID_LEN:
             raise ValueError("transfer_id is too long")
 

@@ -102,7 +102,7 @@ class _Lease:
     block_ids: tuple[int, ...]
     expires_at: float
     last_expiry: float  # renewals reach no further
-    num_delivered: Counter[str] = field(default_factory=Counter)  # by consumer engine
+    delivered: dict[str, set[int]] = field(default_factory=dict)  # ranks, by consumer engine
     num_reading: int = 0
     is_fetched: bool = False
     is_released: bool = False
@@ -194,7 +194,7 @@ class LeaseTable:
         return wanted
 
     def end_fetch(
-        self, transfer_id: str, *, consumer: str, num_readers: int, delivered: bool
+        self, transfer_id: str, *, consumer: str, rank: int, num_readers: int, delivered: bool
     ) -> str | None:
         """Record that one rank stopped reading; return the request id to free, if any.
 
@@ -203,14 +203,16 @@ class LeaseTable:
         Args:
             transfer_id: the lease.
             consumer: the engine of the rank that read.
+            rank: the rank; it counts once, however often it reads.
             num_readers: ranks of that engine that read from this worker.
             delivered: whether it has got everything.
         """
         lease = self._leases[transfer_id]
         lease.num_reading -= 1
         if delivered:
-            lease.num_delivered[consumer] += 1
-            lease.is_fetched |= lease.num_delivered[consumer] >= num_readers
+            ranks = lease.delivered.setdefault(consumer, set())
+            ranks.add(rank)
+            lease.is_fetched |= len(ranks) >= num_readers
         if lease.num_reading:
             return None
         if lease.is_fetched:

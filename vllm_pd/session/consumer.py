@@ -38,16 +38,18 @@ from vllm_pd.protocol.messages import (
     Hello,
     InstanceInfo,
     Refused,
+    Release,
 )
 from vllm_pd.protocol.state import Fetch, FetchState, SessionState
 from vllm_pd.session.channel import ControlClient, ControlContext
-from vllm_pd.session.instance import send_release
+from vllm_pd.session.outbox import Outbox
 from vllm_pd.session.stats import FetchRecord, FetchTimeline, outcome_of
 from vllm_pd.transport.base import Heads, TransferOutcome, Transport
 
 logger = logging.getLogger(__name__)
 
 _GOODBYE_LINGER_S = 0.2  # a lost goodbye costs the producer a forgotten session, no more
+_SILENT_S = 5.0  # an instance that did not answer in time is not asked again for so long
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,6 +125,7 @@ class _Session:
     state: SessionState = SessionState.GREETING
     transport: Transport | None = None
     pending: dict[int, _Pending] = field(default_factory=dict)  # by fetch id
+    given_up: set[int] = field(default_factory=set)  # fetches whose answer is still to come
 
     @property
     def peer_id(self) -> str:
@@ -168,8 +171,15 @@ class Consumer:
         self._producers: dict[str, _Producer] = {}  # by engine id
         self._receiving: dict[tuple[str, int], _Pending] = {}
         self._results: list[FetchResult] = []
-        self.num_changes = 0  # of the set of sockets
+        self._silent: dict[str, float] = {}  # engines that did not answer, and until when
+        self._outbox = Outbox(context)
+        self._num_changes = 0
         self.num_handshake_failures: Counter[str] = Counter()  # by outcome
+
+    @property
+    def num_changes(self) -> int:
+        """Changes of the set of sockets that are to be watched."""
+        return self._num_changes + self._outbox.num_changes
 
     def take_results(self) -> list[FetchResult]:
         """Return the fetches that ended since the last call."""
@@ -178,7 +188,7 @@ class Consumer:
 
     def clients(self) -> list[ControlClient]:
         """Return the control clients whose sockets are to be watched."""
-        clients = [session.client for session in self._sessions()]
+        clients = [session.client for session in self._sessions()] + self._outbox.clients()
         return clients + [p.client for p in self._producers.values() if p.client is not None]
 
     def start(self, request: FetchRequest, now: float) -> None:
@@ -187,6 +197,7 @@ class Consumer:
         producer = self._producers.get(request.remote_engine_id)
         try:
             if producer is None:
+                self._check_silent(request.remote_engine_id, now)
                 producer = self._describe(request, now)
         except PDError as exc:
             order.error = exc
@@ -222,19 +233,28 @@ class Consumer:
 
     def expire(self, now: float) -> None:
         """Give up what is overdue."""
+        self._outbox.check(now)
         for producer in list(self._producers.values()):
             if producer.deadline is not None and producer.deadline <= now:
                 self._give_up(producer, now, TransferTimeoutError("no answer to Describe"))
         for session in self._sessions():
-            overdue = [p for p in session.pending.values() if p.fetch.deadline <= now]
             if session.deadline is not None and session.deadline <= now:
                 self._close(session, now, TransferTimeoutError("no answer to the handshake"))
-            elif overdue:
-                what = f"transfer {overdue[0].fetch.transfer_id} took too long"
-                error = TransferTimeoutError(what)
-                for pending in overdue:  # the transport will only say that its peer is gone
-                    pending.order.error = pending.order.error or error
-                self._close(session, now, error)
+            for fetch_id, pending in list(session.pending.items()):
+                if pending.fetch.deadline <= now:
+                    self._expire(session, fetch_id, pending, now)
+
+    def _expire(self, session: _Session, fetch_id: int, pending: _Pending, now: float) -> None:
+        """Give up one fetch; the session, too, if bytes may still come for it."""
+        error = TransferTimeoutError(f"transfer {pending.fetch.transfer_id} took too long")
+        if pending.fetch.state is FetchState.RECEIVING:
+            # The transport will only say that its peer is gone.
+            pending.order.error = pending.order.error or error
+            self._close(session, now, error)
+        elif session.pending.pop(fetch_id, None):
+            if pending.fetch.state is FetchState.REQUESTED:
+                session.given_up.add(fetch_id)
+            self._end(pending, now, error)
 
     def next_deadline(self) -> float | None:
         """Return when ``expire`` has something to do."""
@@ -242,6 +262,8 @@ class Consumer:
         for session in self._sessions():
             times += [] if session.deadline is None else [session.deadline]
             times += [pending.fetch.deadline for pending in session.pending.values()]
+        if (idle := self._outbox.next_deadline()) is not None:
+            times.append(idle)
         return min(times, default=None)
 
     def close(self, now: float) -> None:
@@ -251,11 +273,22 @@ class Consumer:
             self._give_up(producer, now, error)
         for session in self._sessions():
             self._close(session, now, error)
+        self._outbox.close()
 
     # From a request to sessions
 
     def _sessions(self) -> list[_Session]:
         return [s for producer in self._producers.values() for s in producer.sessions.values()]
+
+    def _check_silent(self, engine_id: str, now: float) -> None:
+        """Do not let every request wait for an instance that just did not answer.
+
+        Raises:
+            TransferTimeoutError: it was asked a moment ago.
+        """
+        self._silent = {name: until for name, until in self._silent.items() if until > now}
+        if engine_id in self._silent:
+            raise TransferTimeoutError(f"engine {engine_id} did not answer a moment ago")
 
     def _describe(self, request: FetchRequest, now: float) -> _Producer:
         """Ask a producer's instance endpoint where its workers are."""
@@ -269,7 +302,7 @@ class Consumer:
         deadline = now + self._config.handshake_timeout_s
         producer = _Producer(request.remote_engine_id, now, deadline, client)
         self._producers[request.remote_engine_id] = producer
-        self.num_changes += 1
+        self._num_changes += 1
         return producer
 
     def _guard_producer(self, producer: _Producer, now: float) -> None:
@@ -322,7 +355,7 @@ class Consumer:
         if producer.client is not None:
             producer.client.close()
             producer.client = None
-            self.num_changes += 1
+            self._num_changes += 1
 
     def _give_up(self, producer: _Producer, now: float, error: PDError) -> None:
         """Forget a producer that did not describe itself; what waited for that fails."""
@@ -331,6 +364,8 @@ class Consumer:
         logger.warning("engine %s: %s", producer.engine_id, error)
         self._producers.pop(producer.engine_id, None)
         self.num_handshake_failures[outcome_of(error).value] += 1
+        if isinstance(error, TransferTimeoutError):
+            self._silent[producer.engine_id] = now + _SILENT_S
         self._close_client(producer)
         for order in producer.orders:
             order.error = error
@@ -378,7 +413,7 @@ class Consumer:
         producer.sessions[rank] = session
         # Back in the table, if the loss of another session had removed it.
         self._producers[producer.engine_id] = producer
-        self.num_changes += 1
+        self._num_changes += 1
         return session
 
     # One session
@@ -409,8 +444,10 @@ class Consumer:
         match message, session.state:
             case Hello(), SessionState.GREETING:
                 self._get_ready(session, message, now)
-            case Refused(), _:
+            case Refused(), SessionState.GREETING:
                 raise IncompatiblePeerError(f"the producer refused: {message.reason}")
+            case Refused(), _:
+                raise PeerLostError(f"the producer has ended the session: {message.reason}")
             case FetchReady(), SessionState.READY:
                 self._receive(session, message.fetch_id, now)
             case FetchFailed(), SessionState.READY:
@@ -458,6 +495,7 @@ class Consumer:
                 num_heads=part.num_heads,
                 num_readers=part.num_readers,
                 digests=self._config.digests,
+                timeout_s=max(pending.fetch.deadline - now, 0.001),
             )
         )
 
@@ -476,13 +514,20 @@ class Consumer:
         if part.num_heads == self._local.layout.num_heads:
             heads = None
         session.transport.recv_blocks(
-            session.peer_id, fetch_id, pending.order.request.block_ids, heads=heads
+            session.peer_id,
+            fetch_id,
+            pending.order.request.block_ids,
+            heads=heads,
+            digests=self._config.digests,
         )
         fetch.advance(FetchState.RECEIVING)
         pending.order.transport = session.transport.name
         self._receiving[session.peer_id, fetch_id] = pending
 
     def _take_refusal(self, session: _Session, message: FetchFailed, now: float) -> None:
+        if message.fetch_id in session.given_up:
+            session.given_up.remove(message.fetch_id)
+            return
         pending = session.pending.get(message.fetch_id)
         if pending is None or pending.fetch.state is not FetchState.REQUESTED:
             raise RemoteProtocolError(f"FetchFailed of fetch {message.fetch_id}")
@@ -508,7 +553,7 @@ class Consumer:
         del producer.sessions[session.rank]
         if not producer.sessions:  # asked again next time: it may have moved
             self._producers.pop(producer.engine_id, None)
-        self.num_changes += 1
+        self._num_changes += 1
         session.client.close(
             linger_s=0.0 if isinstance(error, PeerLostError) else _GOODBYE_LINGER_S
         )
@@ -555,7 +600,7 @@ class Consumer:
             ),
         )
         self._results.append(FetchResult(request.request_id, request.block_ids, record, error))
-        if error is not None and not isinstance(error, (PeerLostError, LeaseExpiredError)):
-            send_release(
-                self._context, request.remote_host, request.remote_port, request.transfer_id
-            )
+        if error is not None and not isinstance(error, LeaseExpiredError):
+            # Also after the loss of a peer: perhaps only a connection was lost.
+            address = request.remote_host, request.remote_port
+            self._outbox.send(address, Release(transfer_id=request.transfer_id), now)

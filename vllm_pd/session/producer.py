@@ -7,9 +7,10 @@ turns messages and outcomes into calls of it and answers the peers.
 from __future__ import annotations
 
 import logging
+import math
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from vllm_pd.config import ConnectorConfig
 from vllm_pd.errors import (
@@ -37,6 +38,8 @@ logger = logging.getLogger(__name__)
 
 MAX_SESSIONS = 1024
 MAX_PARKED = 4096
+_PARKED_SHARE = 0.8
+"""Part of a consumer's patience that a fetch may be parked: it hears of the end in time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,21 +61,22 @@ class _Parked:
 
 
 @dataclass(frozen=True, slots=True)
-class _Running:
-    """A fetch that is being read."""
-
-    identity: bytes
-    fetch: FetchBlocks
-    consumer: str
-    deadline: float
-
-
-@dataclass(frozen=True, slots=True)
 class _Session:
     """With one worker of a consumer."""
 
     peer_id: str
     engine_id: str
+    rank: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Running:
+    """A fetch that is being read."""
+
+    identity: bytes
+    fetch: FetchBlocks
+    session: _Session
+    deadline: float
 
 
 class Producer:
@@ -148,6 +152,14 @@ class Producer:
 
     def handle(self, identity: bytes, message: AnyMessage, now: float) -> None:
         """React to one message of one peer."""
+        try:
+            self._react(identity, message, now)
+        except Exception:
+            # A bug must cost one peer, not all.
+            logger.exception("message of a consumer; its session ends")
+            self._forget(identity)
+
+    def _react(self, identity: bytes, message: AnyMessage, now: float) -> None:
         match message:
             case Hello():
                 self._greet(identity, message)
@@ -170,7 +182,7 @@ class Producer:
                 "transfer %s not delivered: %s", running.fetch.transfer_id, outcome.error
             )
         self.num_bytes_sent += outcome.num_bytes
-        self._end_fetch(running.fetch, running.consumer, delivered=outcome.error is None)
+        self._end_fetch(running.fetch, running.session, delivered=outcome.error is None)
         return True
 
     def expire(self, now: float) -> None:
@@ -186,9 +198,14 @@ class Producer:
                 FetchFailure.UNKNOWN_TRANSFER,
                 f"no transfer {parked.fetch.transfer_id}",
             )
-        for running in [r for r in self._running.values() if r.deadline <= now]:
-            logger.warning("transfer %s: the consumer does not finish", running.fetch.transfer_id)
-            self._forget(running.identity)
+        for key, running in list(self._running.items()):
+            if running.deadline <= now:
+                logger.warning(
+                    "transfer %s: the consumer does not finish", running.fetch.transfer_id
+                )
+                # The lease stays protected until the transport lets go of the blocks.
+                self._running[key] = replace(running, deadline=math.inf)
+                self._forget(running.identity)
 
     def next_deadline(self) -> float | None:
         """Return when ``expire`` has something to do."""
@@ -207,14 +224,14 @@ class Producer:
             check_compatible(self._local, hello)
             for name in self._common_transports(hello):
                 self._transports[name].add_peer(peer_id, hello.endpoints[name])
-        except (IncompatiblePeerError, RemoteProtocolError) as exc:
+        except (IncompatiblePeerError, RemoteProtocolError, LocalProtocolError) as exc:
             logger.warning("refused a consumer: %s", exc)
             self.num_refused += 1
             for transport in self._transports.values():
                 transport.remove_peer(peer_id)
             self._server.send(identity, Refused(reason=str(exc)))
             return
-        self._sessions[identity] = _Session(peer_id, hello.engine_id)
+        self._sessions[identity] = _Session(peer_id, hello.engine_id, hello.tp_rank)
         self._server.send(identity, self._local)
         if len(self._sessions) > MAX_SESSIONS:
             busy = {running.identity for running in self._running.values()}
@@ -233,7 +250,7 @@ class Producer:
         elif fetch.transfer_id in self._leases:
             self._serve(identity, fetch, now)
         else:
-            self._parked.append(_Parked(identity, fetch, now + self._fetch_timeout_s))
+            self._parked.append(_Parked(identity, fetch, now + fetch.timeout_s * _PARKED_SHARE))
 
     def _serve(self, identity: bytes, fetch: FetchBlocks, now: float) -> None:
         session = self._sessions.get(identity)
@@ -256,7 +273,7 @@ class Producer:
             self._refuse(identity, fetch, FetchFailure.OUT_OF_RANGE, str(exc))
             return
         if not fetch.num_heads:
-            self._end_fetch(fetch, session.engine_id, delivered=True)
+            self._end_fetch(fetch, session, delivered=True)
             self._server.send(identity, FetchReady(fetch_id=fetch.fetch_id))
             return
         heads: Heads | None = (fetch.first_head, fetch.num_heads)
@@ -267,17 +284,18 @@ class Producer:
                 session.peer_id, fetch.fetch_id, block_ids, heads=heads, digests=fetch.digests
             )
         except LocalProtocolError as exc:
-            self._end_fetch(fetch, session.engine_id, delivered=False)
+            self._end_fetch(fetch, session, delivered=False)
             self._refuse(identity, fetch, FetchFailure.OUT_OF_RANGE, str(exc))
             return
-        deadline = now + self._fetch_timeout_s
-        self._running[key] = _Running(identity, fetch, session.engine_id, deadline)
+        deadline = now + min(fetch.timeout_s, self._fetch_timeout_s)
+        self._running[key] = _Running(identity, fetch, session, deadline)
         self._server.send(identity, FetchReady(fetch_id=fetch.fetch_id))
 
-    def _end_fetch(self, fetch: FetchBlocks, consumer: str, *, delivered: bool) -> None:
+    def _end_fetch(self, fetch: FetchBlocks, session: _Session, *, delivered: bool) -> None:
         request_id = self._leases.end_fetch(
             fetch.transfer_id,
-            consumer=consumer,
+            consumer=session.engine_id,
+            rank=session.rank,
             num_readers=fetch.num_readers,
             delivered=delivered,
         )

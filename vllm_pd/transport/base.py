@@ -192,8 +192,12 @@ class Transport(ABC):
         block_ids: Sequence[int],
         *,
         heads: Heads | None = None,
+        digests: Digests = Digests.OFF,
     ) -> None:
-        """Post the consumer's half. Same contract as ``send_blocks``."""
+        """Post the consumer's half. Same contract as ``send_blocks``.
+
+        A producer that vouches for less than ``digests`` asks fails the transfer.
+        """
 
     @property
     def mode(self) -> tuple[str, str]:

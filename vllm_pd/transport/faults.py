@@ -172,9 +172,10 @@ class FaultyTransport(Transport):
         block_ids: Sequence[int],
         *,
         heads: Heads | None = None,
+        digests: Digests = Digests.OFF,
     ) -> None:
         def post() -> None:
-            self._inner.recv_blocks(peer_id, transfer_id, block_ids, heads=heads)
+            self._inner.recv_blocks(peer_id, transfer_id, block_ids, heads=heads, digests=digests)
 
         check_selection(self._regions, block_ids, heads)
         self._take((peer_id, Direction.RECEIVING), _Half(transfer_id, post))

@@ -6,6 +6,7 @@ sees to the contract of ``Transport``. It knows no implementation.
 
 from __future__ import annotations
 
+import logging
 from abc import abstractmethod
 from collections.abc import Sequence
 
@@ -29,6 +30,8 @@ from vllm_pd.transport.chunks import slice_len
 from vllm_pd.transport.ledger import Ledger, Posted
 from vllm_pd.transport.link import Mark
 from vllm_pd.transport.links import Direction, LinkEvent, LinkPool
+
+logger = logging.getLogger(__name__)
 
 
 class HostTransport(Transport):
@@ -79,8 +82,10 @@ class HostTransport(Transport):
         block_ids: Sequence[int],
         *,
         heads: Heads | None = None,
+        digests: Digests = Digests.OFF,
     ) -> None:
         posted = self._post(peer_id, Direction.RECEIVING, transfer_id, block_ids, heads)
+        posted.digests = digests
         self._links.open_links(peer_id)
         try:
             self._start_receiving(posted)
@@ -101,6 +106,10 @@ class HostTransport(Transport):
                 OSError,
             ) as exc:
                 self._lose(event.peer_id, event.direction, str(exc))
+            except Exception as exc:
+                # A bug must cost one peer, not all.
+                logger.exception("%s: link of %s", self.name, event.peer_id)
+                self._lose(event.peer_id, event.direction, f"internal error: {exc!r}")
         return self._ledger.drain()
 
     def close(self) -> None:  # noqa: D102

@@ -26,7 +26,7 @@ class Posted:
         block_ids: blocks of this worker.
         heads: the heads of each block; None for all.
         num_bytes: what moves.
-        digests: how much this side vouches for, if it sends.
+        digests: how much the producer vouches for.
         is_busy: a thread touches the blocks; the outcome waits until it stopped.
         is_copied: the copy is complete and waits for the other side's word.
         is_over: nothing touches the blocks any more; the outcome is due.

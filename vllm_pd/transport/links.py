@@ -8,12 +8,9 @@ handshake.
 
 from __future__ import annotations
 
-import contextlib
 import enum
-import errno
 import hmac
 import logging
-import os
 import secrets
 import select
 import socket
@@ -24,6 +21,7 @@ import msgspec
 
 from vllm_pd.errors import LocalProtocolError, RemoteProtocolError
 from vllm_pd.transport.link import Link, Mark, Outgoing
+from vllm_pd.transport.listener import Listener
 from vllm_pd.transport.tls import TlsSocket
 from vllm_pd.transport.wakeup import Wakeup
 
@@ -131,9 +129,7 @@ class LinkPool:
         num_streams: int = 1,
         takes_fds: bool = False,
     ) -> None:
-        listener.settimeout(0.0)
         self._scheme = scheme
-        self._listener = listener
         self._connect = connect
         self._check_peer = check_peer
         self._secure = secure
@@ -145,9 +141,8 @@ class LinkPool:
         self._eager: set[int] = set()  # descriptors of links with bytes that epoll does not show
         self._again = Wakeup()  # shows that there are some, or that links were lost
         self._lost: list[LinkEvent] = []
-        self._spare_fd = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
         self._epoll = select.epoll()
-        self._epoll.register(listener.fileno(), select.EPOLLIN)
+        self._listener = Listener(listener, self._epoll, scheme)
         self._epoll.register(self._again.fileno(), select.EPOLLIN)
 
     def watch(self, fd: int) -> None:
@@ -307,7 +302,7 @@ class LinkPool:
                 ready.setdefault(fd, select.EPOLLIN)
             self._eager = set()
         for fd, events in ready.items():
-            if fd == self._listener.fileno():
+            if self._listener.owns(fd):
                 self._accept()
             elif fd in self._entries:
                 yield from self._serve(self._entries[fd], events)
@@ -320,7 +315,6 @@ class LinkPool:
         self._peers.clear()
         if not self._epoll.closed:
             self._epoll.close()
-            self._close_spare()
         self._again.close()
         self._listener.close()
 
@@ -354,12 +348,9 @@ class LinkPool:
                 self._lose(entry.peer_id, entry.direction, str(exc))
 
     def _accept(self) -> None:
-        try:
-            sock, _ = self._listener.accept()
-        except OSError as exc:
-            if exc.errno in (errno.EMFILE, errno.ENFILE):
-                self._turn_away()
-            return  # or the peer is gone already
+        sock = self._listener.accept()
+        if sock is None:
+            return
         try:
             self._check_peer(sock)
         except OSError as exc:
@@ -372,23 +363,6 @@ class LinkPool:
         secured = self._secure(sock, True) if self._secure else sock  # noqa: FBT003
         link = Link(secured, max_frame_len=MAX_GREETING_LEN)
         self._register(_Entry(link, None, Direction.SENDING))
-
-    def _turn_away(self) -> None:
-        """Accept and close a connection although descriptors have run out.
-
-        Left alone, it would keep the listener readable and this thread busy.
-        """
-        logger.warning("%s: out of descriptors, turned a peer away", self._scheme)
-        self._close_spare()
-        with contextlib.suppress(OSError):
-            self._listener.accept()[0].close()
-        with contextlib.suppress(OSError):  # another thread was faster
-            self._spare_fd = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
-
-    def _close_spare(self) -> None:
-        if self._spare_fd >= 0:
-            os.close(self._spare_fd)
-            self._spare_fd = -1
 
     def _greet(self, entry: _Entry, item: bytes | Mark) -> str | None:
         """Check the first frame of a connection; return the peer if all of its are there."""
@@ -426,3 +400,4 @@ class LinkPool:
         if self._entries.pop(link.fileno(), None) and not self._epoll.closed:
             self._epoll.unregister(link.fileno())
         link.close()
+        self._listener.resume()

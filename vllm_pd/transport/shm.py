@@ -355,13 +355,14 @@ class ShmTransport(HostTransport):
             self._sources[peer_id] = ProcessSource(regions, pid)
 
     def _start_receiving(self, posted: Posted) -> None:
-        ready = self._ready.pop((posted.peer_id, posted.transfer_id), None)
+        key = posted.peer_id, posted.transfer_id
+        ready = self._ready.pop(key, None)
         if ready is None:
             return
         source = self._sources.get(posted.peer_id)
         if source is None:
             raise RemoteProtocolError("blocks announced before the memory that holds them")
-        if posted.is_busy or posted.is_copied:
+        if posted.is_busy or posted.is_copied or key in self._copied:
             raise RemoteProtocolError(f"transfer {posted.transfer_id} announced twice")
         check_ready(ready, posted, source, min(region.num_heads for region in self._regions))
         job = CopyJob(posted, source, self._finish_job, self._options.on_received)
@@ -376,7 +377,17 @@ class ShmTransport(HostTransport):
         check_pieces(pieces, len(self._regions), len(posted.block_ids))
         hashed = self._spans_of(posted, pieces)
         inline = dict(ready.inline)
-        if ready.is_complete and covers_all(pieces, len(self._regions), len(posted.block_ids)):
+        is_complete = ready.is_complete and covers_all(
+            pieces, len(self._regions), len(posted.block_ids)
+        )
+        enough = {
+            Digests.OFF: True,
+            Digests.SAMPLED: bool(pieces),
+            Digests.ALWAYS: is_complete,
+        }
+        if not enough[posted.digests]:
+            raise RemoteProtocolError(f"the producer vouches for less than {posted.digests.value}")
+        if is_complete:
             for i, piece in enumerate(pieces):  # hash while it is in the cache
                 part = Part([], {i: hashed[i]})
                 place = slice(piece.first, piece.first + piece.num_blocks)

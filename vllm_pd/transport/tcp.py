@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 
 import msgspec
 
+from vllm_pd.config import Digests
 from vllm_pd.errors import (
     DigestMismatchError,
     PeerLostError,
@@ -97,6 +98,7 @@ class _Inbound:
     posted: Posted
     chunks: list[Chunk]
     missing: set[int]
+    num_vouched: int = 0
     error: TransferError | None = None
 
 
@@ -310,6 +312,7 @@ class TcpTransport(HostTransport):
                 inbound.error = DigestMismatchError(
                     f"transfer {posted.transfer_id}: the bytes received are not those sent"
                 )
+            inbound.num_vouched += 1
             posted.verify_s += time.monotonic() - started
         try:
             self._payload.landed(posted, data.chunk, inbound.chunks[data.chunk], landing)
@@ -326,6 +329,12 @@ class TcpTransport(HostTransport):
         if any(s.landing and s.landing[0] is inbound for s in traffic.streams.values()):
             return
         traffic.inbound.pop(posted.transfer_id, None)
+        wanted = {Digests.OFF: 0, Digests.SAMPLED: 1, Digests.ALWAYS: len(inbound.chunks)}
+        if inbound.num_vouched < wanted[posted.digests]:
+            inbound.error = inbound.error or DigestMismatchError(
+                f"transfer {posted.transfer_id}: the producer vouches for less than "
+                f"{posted.digests.value}"
+            )
         self._ledger.end(posted, inbound.error)
         if posted.error is None:
             self._send(posted, _Received(transfer_id=posted.transfer_id))

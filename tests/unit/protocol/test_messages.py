@@ -71,6 +71,7 @@ FETCH = FetchBlocks(
     num_heads=2,
     num_readers=1,
     digests=Digests.SAMPLED,
+    timeout_s=5.0,
 )
 
 

@@ -30,9 +30,16 @@ def begin(leases: LeaseTable, offset: int = 0, count: int = 3) -> tuple[int, ...
 
 
 def end(
-    leases: LeaseTable, *, consumer: str = "d1", num_readers: int = 1, delivered: bool = True
+    leases: LeaseTable,
+    *,
+    consumer: str = "d1",
+    rank: int = 0,
+    num_readers: int = 1,
+    delivered: bool = True,
 ) -> str | None:
-    return leases.end_fetch("t", consumer=consumer, num_readers=num_readers, delivered=delivered)
+    return leases.end_fetch(
+        "t", consumer=consumer, rank=rank, num_readers=num_readers, delivered=delivered
+    )
 
 
 def test_lease_expires_once_at_its_deadline(leases: LeaseTable) -> None:
@@ -130,7 +137,9 @@ def test_blocks_are_freed_after_the_last_reader_of_a_consumer(leases: LeaseTable
     begin(leases)
     assert end(leases, num_readers=2) is None
     begin(leases)
-    assert end(leases, num_readers=2) == "req-1"
+    assert end(leases, num_readers=2) is None  # the same rank, for another request
+    begin(leases)
+    assert end(leases, rank=1, num_readers=2) == "req-1"
 
 
 def test_readers_of_two_consumers_are_counted_apart(leases: LeaseTable) -> None:
@@ -139,7 +148,7 @@ def test_readers_of_two_consumers_are_counted_apart(leases: LeaseTable) -> None:
     begin(leases)
     assert end(leases, consumer="d2", num_readers=3) is None
     begin(leases)
-    assert end(leases, consumer="d1", num_readers=2) == "req-1"
+    assert end(leases, consumer="d1", rank=1, num_readers=2) == "req-1"
 
 
 def test_consumer_that_has_all_ends_the_lease_when_the_other_stops_reading(
@@ -182,7 +191,7 @@ def test_ends_are_counted_by_reason(leases: LeaseTable) -> None:
     for name in ("fetched", "released"):
         leases.grant(name, request_id=name, block_ids=[1], now=100.0)
     leases.begin_fetch("fetched", block_offset=0, num_blocks=1)
-    leases.end_fetch("fetched", consumer="d", num_readers=1, delivered=True)
+    leases.end_fetch("fetched", consumer="d", rank=0, num_readers=1, delivered=True)
     leases.release("released")
     leases.expire(now=130.0)
     assert leases.num_ended == dict.fromkeys(LeaseEnd, 1)
@@ -235,12 +244,13 @@ class Held:
     request_id: str
     granted: float
     expires_at: float
-    readers: list[str] = field(default_factory=list)  # the consumer of every read under way
-    delivered: Counter[str] = field(default_factory=Counter)
+    readers: list[tuple[str, int]] = field(default_factory=list)  # ranks that read now
+    delivered: set[tuple[str, int]] = field(default_factory=set)
     is_closed: bool = False  # released, or one consumer has it all
 
 
 NUM_READERS = {"d1": 1, "d2": 3}
+READERS = [(name, rank) for name, count in sorted(NUM_READERS.items()) for rank in range(count)]
 
 
 class Leases(RuleBasedStateMachine):
@@ -275,8 +285,8 @@ class Leases(RuleBasedStateMachine):
             assert transfer_id not in self.held
             self.held[transfer_id] = Held(request_id, self.now, self.now + 10.0)
 
-    @rule(transfer_id=ids, consumer=st.sampled_from(sorted(NUM_READERS)), count=st.integers(1, 3))
-    def begin(self, transfer_id: str, consumer: str, count: int) -> None:
+    @rule(transfer_id=ids, reader=st.sampled_from(READERS), count=st.integers(1, 3))
+    def begin(self, transfer_id: str, reader: tuple[str, int], count: int) -> None:
         lease = self.held.get(transfer_id)
         try:
             self.table.begin_fetch(transfer_id, block_offset=0, num_blocks=count)
@@ -287,20 +297,22 @@ class Leases(RuleBasedStateMachine):
         else:
             assert lease is not None
             assert not lease.is_closed
-            lease.readers.append(consumer)
+            lease.readers.append(reader)
 
     @rule(transfer_id=ids, delivered=st.booleans(), pick=st.integers(0, 9))
     def end(self, transfer_id: str, delivered: bool, pick: int) -> None:
         lease = self.held.get(transfer_id)
         if lease is None or not lease.readers:
             return
-        consumer = lease.readers.pop(pick % len(lease.readers))
+        consumer, rank = lease.readers.pop(pick % len(lease.readers))
         if delivered:
-            lease.delivered[consumer] += 1
-        has_all = any(lease.delivered[name] >= count for name, count in NUM_READERS.items())
+            lease.delivered.add((consumer, rank))
+        counts = Counter(name for name, _ in lease.delivered)
+        has_all = any(counts[name] >= count for name, count in NUM_READERS.items())
         request_id = self.table.end_fetch(
             transfer_id,
             consumer=consumer,
+            rank=rank,
             num_readers=NUM_READERS[consumer],
             delivered=delivered,
         )

@@ -275,6 +275,7 @@ class MemoryTransport(Transport):
         block_ids: Sequence[int],
         *,
         heads: Heads | None = None,
+        digests: Digests = Digests.OFF,
     ) -> None:
         self._post(peer_id, transfer_id, block_ids, heads, is_sender=False)
 

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import secrets
+import socket
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
 
 from tests.transport_conformance import BLOCK_LENS, NUM_BLOCKS, Worker, make_worker
 from tests.unit.protocol.test_messages import FINGERPRINT
-from vllm_pd.config import ConnectorConfig
+from vllm_pd.config import ConnectorConfig, Digests
 from vllm_pd.errors import (
     IncompatiblePeerError,
     LeaseExpiredError,
@@ -29,7 +31,9 @@ from vllm_pd.session.keys import write_cluster_key
 from vllm_pd.session.manager import LocalWorker, Results, SessionManager
 from vllm_pd.session.producer import Grant
 from vllm_pd.transport.base import TransferOutcome, Transport, TransportOptions
+from vllm_pd.transport.links import Direction, LinkEvent
 from vllm_pd.transport.shm import ShmTransport
+from vllm_pd.transport.shm_frames import AnyFrame
 from vllm_pd.transport.tcp import TcpTransport
 
 LAYOUT = KVLayout(
@@ -353,5 +357,97 @@ def test_one_failed_transfer_leaves_no_other_of_its_peer_without_an_end() -> Non
     producer.manager.grant(Grant("t4", "prefill-t4", (1, 2)))
     consumer.manager.fetch(fetch_request(producer, "t4"))
     assert consumer.wait_fetched().error is None
+    producer.close()
+    consumer.close()
+
+
+def test_fetch_that_is_never_granted_leaves_younger_ones_alone() -> None:
+    config = ConnectorConfig(transfer_timeout_s=0.6)
+    producer, consumer = make_engine(config), make_engine(config)
+    consumer.manager.fetch(fetch_request(producer, "made-up"))
+    time.sleep(0.4)  # not to wait for something, but to be younger
+    consumer.manager.fetch(fetch_request(producer, "t2", block_ids=(7,)))
+    assert consumer.wait_fetched().request_id == "decode-made-up"
+    producer.manager.grant(Grant("t2", "prefill-t2", (0,)))
+    result = consumer.wait_fetched()
+    assert (result.request_id, result.error) == ("decode-t2", None)
+    producer.close()
+    consumer.close()
+
+
+class NeverLettingGo(ShmTransport):
+    """Hears no answer, and goes on touching blocks when a peer is removed."""
+
+    def _handle_consumer(self, event: LinkEvent, frame: AnyFrame) -> None:
+        for posted in self._ledger.posted(event.peer_id, Direction.SENDING):
+            posted.is_busy = True
+
+
+def test_read_that_the_transport_does_not_end_is_warned_of_once(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    config = ConnectorConfig(transfer_timeout_s=0.2)
+    producer, consumer = make_engine(config, kind=NeverLettingGo), make_engine(config)
+    producer.manager.grant(GRANT)
+    consumer.manager.fetch(fetch_request(producer))
+    assert isinstance(consumer.wait_fetched().error, TransferTimeoutError)
+    time.sleep(0.5)  # long enough for thousands
+    warnings = [r for r in caplog.records if "does not finish" in r.getMessage()]
+    assert len(warnings) <= 1
+    assert producer.manager.take_results().freed == []  # still touched
+    consumer.close()
+    producer.close()
+
+
+class LosingItsPeer(ShmTransport):
+    """The data link breaks at the first transfer; the control channel stays."""
+
+    def recv_blocks(self, peer_id: str, *args: Any, **options: Any) -> None:
+        super().recv_blocks(peer_id, *args, **options)
+        self.remove_peer(peer_id)
+
+
+def test_blocks_are_given_back_when_only_the_data_link_broke() -> None:
+    producer, consumer = make_engine(), make_engine(kind=LosingItsPeer)
+    producer.manager.grant(GRANT)
+    consumer.manager.fetch(fetch_request(producer))
+    assert isinstance(consumer.wait_fetched().error, PeerLostError)
+    deadline = time.monotonic() + 5
+    while not (released := producer.endpoint.take_releases()):
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+    assert released == ["t1"]
+    producer.close()
+    consumer.close()
+
+
+def test_instance_that_does_not_answer_is_not_waited_for_by_every_request() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        consumer = make_engine(ConnectorConfig(handshake_timeout_s=0.3))
+        request = FetchRequest(
+            "decode-1", "t1", "silent", "127.0.0.1", silent.getsockname()[1], 0, (1,)
+        )
+        consumer.manager.fetch(request)
+        assert isinstance(consumer.wait_fetched().error, TransferTimeoutError)
+        consumer.manager.fetch(replace(request, request_id="decode-2"))
+        result = consumer.wait_fetched()
+        assert "a moment ago" in str(result.error)
+        consumer.close()
+
+
+@pytest.mark.parametrize("digests", [Digests.SAMPLED, Digests.ALWAYS])
+@pytest.mark.parametrize("kind", [ShmTransport, TcpTransport], ids=["shm", "tcp"])
+def test_producer_that_vouches_for_less_than_asked_is_not_believed(
+    kind: type[Transport], digests: Digests
+) -> None:
+    class Careless(kind):  # type: ignore[misc, valid-type]
+        def send_blocks(self, *args: Any, **options: Any) -> None:
+            super().send_blocks(*args, **{**options, "digests": Digests.OFF})
+
+    producer = make_engine(kind=Careless)
+    consumer = make_engine(ConnectorConfig(digests=digests), kind=kind)
+    producer.manager.grant(GRANT)
+    consumer.manager.fetch(fetch_request(producer))
+    assert "vouches for less" in str(consumer.wait_fetched().error)
     producer.close()
     consumer.close()
