@@ -17,8 +17,13 @@ With --peer nixl the same of two instances with vLLM's NixlConnector behind the 
 router, after ours have ended: its idle threads spin, and would disturb them. Its plain
 figures are those of the first part.
 
-Everything it starts ends with it. Takes about 10 minutes, 6 more with the peer, and 2
-and 2 with --quick.
+Before that every block of the KV caches is used once, unless --cold is given: the pages
+of memory that is shared come into being on first use. Before every request all are idle
+for a little more than a second, because a worker of vLLM spins for a second after its last
+step and leaves its core to nobody; --gap 0 asks without a pause.
+
+Everything it starts ends with it. Takes about 12 minutes, 12 more with the peer; with
+--quick 4 and 5.
 """
 
 from __future__ import annotations
@@ -26,6 +31,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import math
 import os
 import shlex
 import signal
@@ -35,6 +41,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import FrameType
 from typing import Any, NoReturn
 
 REPO = Path(__file__).resolve().parents[1]
@@ -45,7 +52,7 @@ from rich.console import Console  # noqa: E402
 from benchmarks.service import client, nixl, report, servers  # noqa: E402
 from benchmarks.service.figures import HANDSHAKE_LIMIT_MS, Limit, kv_block_len  # noqa: E402
 from benchmarks.service.prompts import Prompts  # noqa: E402
-from benchmarks.service.rounds import Baseline, Bench, Effort, Measured  # noqa: E402
+from benchmarks.service.rounds import BLOCK_SIZE, Baseline, Bench, Effort, Measured  # noqa: E402
 from benchmarks.transfer import peers  # noqa: E402
 from benchmarks.transfer.pair import BenchError  # noqa: E402
 from vllm_pd.config import ConnectorConfig, from_mapping  # noqa: E402
@@ -57,10 +64,11 @@ from vllm_pd.launcher.devices import find_pool  # noqa: E402
 OURS = "vllm-pd"
 PLAIN = "plain"
 GEOMETRY = Geometry(hidden_size=512, num_layers=12, num_heads=8, num_kv_heads=8, head_size=64)
-BLOCK_SIZE = 128
 MAX_PROMPT_LEN = 4000
+MAX_GAP_S = 60.0
+TABLE_WIDTH = 160
 FULL = Effort(
-    {64: 60, 1000: 30, 3500: 15}, step_rounds=15, num_steps=160, stage_rounds=10, idle_s=10.0
+    {64: 40, 1000: 20, 3500: 12}, step_rounds=10, num_steps=160, stage_rounds=8, idle_s=10.0
 )
 QUICK = Effort({64: 8, 1000: 4, 3500: 2}, step_rounds=3, num_steps=128, stage_rounds=2, idle_s=3.0)
 
@@ -94,6 +102,7 @@ def parse_options(argv: Sequence[str]) -> Options:
         longest = max(usual)
         rounds = {n: usual.get(n, usual[longest]) for n in sorted(set(args.prompt_len))}
         effort = replace(effort, rounds=rounds)
+    effort = replace(effort, fill=not args.cold, gap_s=args.gap)
     if args.json is not None and (args.json.is_dir() or not args.json.parent.is_dir()):
         parser.error(f"{args.json} is not a file that can be written")
     return Options(
@@ -113,7 +122,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     options = parse_options(argv)
     console = Console(highlight=False, markup=False, soft_wrap=True)
-    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    if not console.is_terminal:
+        console.width = TABLE_WIDTH
+    signal.signal(signal.SIGTERM, _interrupt)
     started = time.monotonic()
 
     def tell(text: str) -> None:
@@ -139,6 +150,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     tell("done")
     _print(console, measured)
     return _write(options.json_file, environment, measured)
+
+
+def _interrupt(_number: int, _frame: FrameType | None) -> NoReturn:
+    """Handle SIGTERM like Ctrl-C, so that a time limit around this leaves nothing behind."""
+    raise KeyboardInterrupt
 
 
 def _find_nixl(tell: Callable[[str], None]) -> Path | None:
@@ -285,6 +301,7 @@ def _make_parser() -> _Parser:
     )
     add = parser.add_argument
     add("--quick", action="store_true", help="few requests: only to see that it works")
+    add("--cold", action="store_true", help="do not use every block of the KV cache once before")
     add("--peer", choices=(nixl.NAME,), help="measure vLLM's NixlConnector, too")
     add("--json", type=Path, metavar="FILE", help="write figures, limits and samples as JSON")
     add(
@@ -301,6 +318,9 @@ def _make_parser() -> _Parser:
         metavar="N",
         help="tokens of a prompt; repeatable [64 1000 3500]",
     )
+    add(
+        "--gap", type=_seconds, default=FULL.gap_s, metavar="S", help="idle before a request [1.15]"
+    )
     add("--cores", type=_cores, metavar="P,D", help="of prefill and decode [the first 2]")
     add("--kv-gib", type=_positive, default=1, metavar="N", help="KV cache of an instance [1]")
     add("--seed", type=int, default=1, metavar="N", help="of prompts and order [1]")
@@ -313,7 +333,7 @@ def _connector(text: str) -> dict[str, Any]:
         values = json.loads(text)
         if not isinstance(values, dict):
             raise argparse.ArgumentTypeError(f"{text} is not a JSON object")
-        from_mapping(ConnectorConfig, values, source="--connector")
+        from_mapping(ConnectorConfig, values, source="options")
     except json.JSONDecodeError as exc:
         raise argparse.ArgumentTypeError(f"{text!r} is not JSON: {exc}") from None
     except ConfigError as exc:
@@ -325,6 +345,16 @@ def _prompt_len(text: str) -> int:
     value = _positive(text)
     if value > MAX_PROMPT_LEN:
         raise argparse.ArgumentTypeError(f"{value} tokens are more than {MAX_PROMPT_LEN}")
+    return value
+
+
+def _seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value <= MAX_GAP_S:
+        raise argparse.ArgumentTypeError(f"{text!r} is not 0 to {MAX_GAP_S:g} seconds")
     return value
 
 

@@ -8,7 +8,6 @@ the benchmark, holds the other end of a pipe, and runs ``vllm-pd down``.
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 import time
@@ -23,14 +22,11 @@ def main(argv: list[str]) -> int:
     sys.stdin.buffer.read()
     command = [sys.executable, "-P", "-m", "vllm_pd.cli", "down", "--run-dir", run_dir]
     for _ in range(_NUM_TRIES):
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode == 0:
+        if subprocess.run(command, capture_output=True, check=False).returncode == 0:
             return 0
         time.sleep(_PAUSE_S)  # a start that was interrupted may still be stopping
-    sys.stderr.write(done.stderr)
     return subprocess.run([*command, "--force"], stdout=subprocess.DEVNULL, check=False).returncode
 
 
 if __name__ == "__main__":
-    os.setpgid(0, 0)  # Ctrl-C is for the benchmark, which closes the pipe
     sys.exit(main(sys.argv[1:]))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -34,6 +35,7 @@ def find_packages() -> Path:
 
 def link_packages(packages: Path, folder: Path) -> None:
     """Make a folder with nothing but the peer, which can come before the engine's packages."""
+    shutil.rmtree(folder, ignore_errors=True)  # of another run
     folder.mkdir()
     for package in packages.glob("nixl*"):
         (folder / package.name).symlink_to(package)

@@ -16,10 +16,13 @@ from benchmarks.transfer.pair import BenchError
 
 THROUGH, ALONE, DECODE, PLAIN = "through", "prefill", "decode", "plain"
 STEP_PROMPT_LEN = 64
+BLOCK_SIZE = 128
+"""vLLM's on the CPU, in tokens."""
+
 STAGES = ("handshake", "queued", "transfer", "verify", "total")
 
 _WARM_UP_STEPS = 16
-_PAUSE_S = 0.02  # blocks are released and lines are logged after an answer has ended
+_FILL_BLOCKS = 8  # longer prompts take longer per block
 _SETTLE_S = 2.0
 
 Samples = dict[str, list[float]]
@@ -35,6 +38,11 @@ class Effort:
         num_steps: tokens after the first in each of them.
         stage_rounds: requests by hand at each prompt length.
         idle_s: seconds during which idle processes are watched.
+        fill: first use every block once. Memory that is shared with a peer has no
+            pages before, and a service has been past that after a minute.
+        gap_s: seconds before every request that is measured. A worker of vLLM spins for
+            one second after its last step: the core would not be free for another
+            instance, nor both cores for API servers and router.
     """
 
     rounds: Mapping[int, int]
@@ -42,6 +50,8 @@ class Effort:
     num_steps: int
     stage_rounds: int
     idle_s: float
+    fill: bool = True
+    gap_s: float = 1.15
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,6 +143,8 @@ class Bench:
         before = client.fetched_tokens(self._service.decode.url)
         handshake_ms = self._first_handshake_ms() if timelines else None
         self._warm_up()
+        if self._effort.fill:
+            self._fill()
         ttft = [self._ttft(length) for length in self._effort.rounds]
         step = self._steps()
         stages = [self._stages(length) for length in self._effort.rounds] if timelines else []
@@ -172,12 +184,21 @@ class Bench:
                 self._ask(target, length, 1)
             self._ask(target, STEP_PROMPT_LEN, _WARM_UP_STEPS)
 
+    def _fill(self) -> None:
+        """Use every block of both instances, and every mapping between them."""
+        self._tell("using every block of the KV cache once")
+        instances = (self._service.prefill, self._service.decode)
+        num_blocks = max(client.num_blocks(one.url) for one in instances)
+        for _ in range(-(-num_blocks // _FILL_BLOCKS)):
+            self._ask(THROUGH, _FILL_BLOCKS * BLOCK_SIZE, 1)
+
     def _ttft(self, length: int) -> Ttft:
         self._tell(f"time to first token, prompts of {length} tokens")
         names = [name for name in self._urls if name != DECODE]
         samples: Samples = {name: [] for name in names}
         for names_now in rounds_of(names, self._effort.rounds[length], self._seed + length):
             for name in names_now:
+                self._rest()
                 samples[name].append(self._ask(name, length, 1).first_s)
         self._samples[f"ttft-{length}"] = samples
         found = {name: quartiles_ms(seconds) for name, seconds in samples.items()}
@@ -189,6 +210,7 @@ class Bench:
         samples: Samples = {name: [] for name in names}
         for names_now in rounds_of(names, self._effort.step_rounds, self._seed):
             for name in names_now:
+                self._rest()
                 streamed = self._ask(name, STEP_PROMPT_LEN, self._effort.num_steps + 1)
                 samples[name].append(streamed.step_s)
         self._samples["step"] = samples
@@ -196,22 +218,25 @@ class Bench:
 
     def _stages(self, length: int) -> Stages:
         self._tell(f"stages of the fetch, prompts of {length} tokens")
-        all_legs = [self._by_hand(length) for _ in range(self._effort.stage_rounds)]
-
-        def median_ms(values: Sequence[float]) -> float:
-            return 1e3 * statistics.median(values)
-
+        all_legs = []
+        for _ in range(self._effort.stage_rounds):
+            self._rest()
+            all_legs.append(self._by_hand(length))
+        samples: Samples = {
+            name: [float(legs.timeline[f"{name}_s"]) for legs in all_legs] for name in STAGES
+        }
+        samples["prefill_leg"] = [legs.prefill_s for legs in all_legs]
+        samples["decode_leg"] = [legs.decode_s for legs in all_legs]
+        self._samples[f"stages-{length}"] = samples
+        medians = {name: 1e3 * statistics.median(seconds) for name, seconds in samples.items()}
         last = all_legs[-1].timeline
         return Stages(
             prompt_len=length,
             num_bytes=int(last["num_bytes"]),
             transport=str(last["transport"]),
-            stages={
-                name: median_ms([legs.timeline[f"{name}_s"] for legs in all_legs])
-                for name in STAGES
-            },
-            prefill_leg=median_ms([legs.prefill_s for legs in all_legs]),
-            decode_leg=median_ms([legs.decode_s for legs in all_legs]),
+            stages={name: medians[name] for name in STAGES},
+            prefill_leg=medians["prefill_leg"],
+            decode_leg=medians["decode_leg"],
         )
 
     def _watch(self, kv_len: int) -> tuple[dict[str, dict[str, Idle]], dict[str, dict[str, int]]]:
@@ -224,6 +249,10 @@ class Bench:
         idle = watch_idle(instances, self._effort.idle_s)
         return idle, {name: memory_of(one, kv_len) for name, one in instances.items()}
 
+    def _rest(self) -> None:
+        """Wait until what was asked before leaves the cores to others."""
+        time.sleep(self._effort.gap_s)
+
     def _ask(self, target: str, prompt_len: int, num_tokens: int) -> client.Streamed:
         path = None
         if target == THROUGH:
@@ -233,14 +262,12 @@ class Bench:
         streamed = client.stream(self._urls[target], prompt, num_tokens, path=path)
         if streamed.num_tokens != num_tokens:
             raise BenchError(f"{target} made {streamed.num_tokens} tokens, not {num_tokens}")
-        time.sleep(_PAUSE_S)
         return streamed
 
     def _by_hand(self, prompt_len: int) -> client.Legs:
         prompt = self._prompts.fresh(prompt_len)
         legs = client.two_legs(self._service.prefill.url, self._service.decode.url, prompt)
         self._num_through += prompt_len
-        time.sleep(_PAUSE_S)
         return legs
 
     def _check_fetched(self, before: int) -> None:

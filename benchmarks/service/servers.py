@@ -25,6 +25,8 @@ from benchmarks.transfer.pair import BenchError
 MODEL_NAME = "m"
 ENGINE_ARGS = ("--max-model-len", "4096", "--max-num-seqs", "32")
 
+_given: set[int] = set()
+
 _HERE = Path(__file__).resolve().parent
 _START_TIMEOUT_S = 600.0
 _STOP_TIMEOUT_S = 60.0
@@ -112,7 +114,9 @@ def deployed(
     config = run_dir / "topology.yaml"
     config.write_text(yaml.safe_dump(topology(engine, cores, connector, ports)))
     guard = subprocess.Popen(
-        [sys.executable, "-P", str(_HERE / "guard.py"), str(run_dir)], stdin=subprocess.PIPE
+        [sys.executable, "-P", str(_HERE / "guard.py"), str(run_dir)],
+        stdin=subprocess.PIPE,
+        process_group=0,  # Ctrl-C is for the benchmark, which closes the pipe
     )
     try:
         _up(run_dir, config)
@@ -127,7 +131,7 @@ def deployed(
     finally:
         assert guard.stdin is not None
         guard.stdin.close()
-        guard.wait()
+        _wait_for(guard)
 
 
 @contextlib.contextmanager
@@ -201,9 +205,18 @@ def free_ports(count: int) -> list[int]:
     while len(found) < count:
         port = random.randrange(20_000, 32_000)
         with socket.socket() as probe:
-            if port not in found and probe.connect_ex(("127.0.0.1", port)) != 0:
+            if port not in _given and probe.connect_ex(("127.0.0.1", port)) != 0:
                 found.append(port)
+                _given.add(port)  # its server may not listen yet when the next one is chosen
     return found
+
+
+def _wait_for(guard: subprocess.Popen[bytes]) -> None:
+    """Wait until everything is stopped; an impatient Ctrl-C must not remove its state file."""
+    while True:
+        with contextlib.suppress(KeyboardInterrupt):
+            guard.wait()
+            return
 
 
 def _up(run_dir: Path, config: Path) -> None:

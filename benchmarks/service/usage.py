@@ -54,7 +54,7 @@ def find_processes(instance: Instance) -> dict[str, int]:
         with contextlib.suppress(OSError):
             title = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace")
             kinds = [kind for mark, kind in KINDS.items() if title.startswith(f"VLLM::{mark}")]
-            found |= {kind: pid for kind in kinds}
+            found |= dict.fromkeys(kinds, pid)
     if missing := KINDS.values() - found.keys():
         raise BenchError(f"{instance.name} has no process that is a {' or a '.join(missing)}")
     return found

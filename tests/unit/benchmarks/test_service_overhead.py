@@ -291,7 +291,9 @@ def test_options_name_prompt_lengths_and_connector() -> None:
         (["--prompt-len", "9000"], "more than"),
         (["--connector", "[1]"], "not a JSON object"),
         (["--connector", "{"], "not JSON"),
-        (["--connector", '{"transprt": "tcp"}'], "unknown field `transprt`"),
+        (["--connector", '{"route": "tcp"}'], "unknown field `route`"),
+        (["--gap", "nan"], "is not 0 to 60 seconds"),
+        (["--gap", "-1"], "is not 0 to 60 seconds"),
         (["--cores", "0"], "not two of the cores"),
         (["--cores", "0,9999"], "not two of the cores"),
         (["--peer", "nobody"], "invalid choice"),
@@ -320,6 +322,6 @@ def test_nothing_but_the_peer_comes_before_the_engines_packages(tmp_path: Path) 
 
 def test_tied_program_is_not_started_by_an_orphan() -> None:
     program = [sys.executable, "-c", "print('started')"]
-    command = [sys.executable, str(tied.__file__), "1", *program]
+    command = [sys.executable, str(tied.__file__), "-1", *program]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (1, "")
