@@ -231,7 +231,8 @@ class Topology(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         max_restarts: restarts of one instance in a row before the supervisor gives it
             up; a minute of service starts a new row.
         drain_timeout_s: longest time for a prefill instance that is told to stop to keep
-            what decode instances have not fetched yet.
+            what decode instances have not fetched yet. Leases that are renewed may last
+            for up to ``max_lease_s``; what is kept beyond this time is lost.
     """
 
     model: str | None = None
@@ -249,7 +250,7 @@ class Topology(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     kv_cache_space_gib: int | None = None
     start_timeout_s: float = 600.0
     max_restarts: int = 5
-    drain_timeout_s: float = 40.0  # longer than a lease
+    drain_timeout_s: float = 40.0  # longer than a lease that nobody renews
 
     def __post_init__(self) -> None:
         _check_positive(self, "start_timeout_s", "drain_timeout_s")

@@ -101,13 +101,20 @@ def unsupported_specs(specs: Iterable[KVCacheSpec]) -> list[str]:
     from vllm.v1 import kv_cache_interface as interface
 
     special = tuple(getattr(interface, n) for n in _SPECIAL_SPECS if hasattr(interface, n))
-    refused: list[str] = []
-    for spec in specs:
-        is_wrapper = isinstance(spec, interface.UniformTypeKVCacheSpecs)
-        for each in spec.kv_cache_specs.values() if is_wrapper else (spec,):
-            if not isinstance(each, interface.FullAttentionSpec) or isinstance(each, special):
-                refused.append(type(each).__name__)
+    refused = [
+        type(each).__name__
+        for spec in specs
+        for each in _of_layers(spec)
+        if not isinstance(each, interface.FullAttentionSpec) or isinstance(each, special)
+    ]
     return list(dict.fromkeys(refused))
+
+
+def _of_layers(spec: KVCacheSpec) -> Iterable[KVCacheSpec]:
+    """Return the specs of a group's layers where they differ, else the group's."""
+    from vllm.v1.kv_cache_interface import UniformTypeKVCacheSpecs
+
+    return spec.kv_cache_specs.values() if isinstance(spec, UniformTypeKVCacheSpecs) else (spec,)
 
 
 def preferred_layout(vllm_config: VllmConfig) -> str | None:
@@ -119,7 +126,7 @@ def preferred_layout(vllm_config: VllmConfig) -> str | None:
     """
     from vllm.platforms import current_platform
 
-    model = vllm_config.model_config
+    model: Any = vllm_config.model_config  # None in some of vLLM's own tools
     if model is None or model.use_mla or current_platform.device_type in {"cpu", "npu"}:
         return None
     return "HND"

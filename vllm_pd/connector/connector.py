@@ -258,8 +258,15 @@ class PDConnector(KVConnectorBase_V1, SupportsHMA):
 
     @_contained(lambda: None)
     def get_kv_connector_stats(self) -> PDConnectorStats | None:
-        """Report what happened since the last step; the scheduler half counts nothing."""
-        return self._reporter.take() if self._reporter is not None else None
+        """Report what happened since the last step.
+
+        Both halves are asked; 0.23 asks the scheduler half only in steps in which workers
+        have reported, so its news wait until then.
+        """
+        if self._reporter is not None:
+            return self._reporter.take()
+        dropped = self._endpoint.take_num_dropped() if self._endpoint is not None else None
+        return PDConnectorStats.of_instance(dropped) if dropped else None
 
     def start_load_kv(self, forward_context: ForwardContext, **kwargs: Any) -> None:
         """Do nothing; loads started in ``bind_connector_metadata``."""

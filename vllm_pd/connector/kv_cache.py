@@ -66,8 +66,8 @@ def to_regions(kv_caches: KVCaches, *, num_heads: int, block_size: int) -> list[
             apart, or there is none.
     """
     regions = [
-        _to_region(name, tensor, num_heads, _arrange(name, tensor, num_heads, block_size, is_alone))
-        for name, tensor, is_alone in _named_tensors(kv_caches)
+        _to_region(name, tensor, num_heads, arrangement)
+        for name, tensor, arrangement in _arranged(kv_caches, num_heads, block_size)
     ]
     if not regions:
         raise ConfigError("vLLM registered no KV cache")
@@ -88,22 +88,21 @@ def memory_order(kv_caches: KVCaches, *, num_heads: int, block_size: int) -> str
     Raises:
         ConfigError: it cannot be told.
     """
-    orders = (
-        _arrange(name, tensor, num_heads, block_size, is_alone).order
-        for name, tensor, is_alone in _named_tensors(kv_caches)
-    )
-    return "+".join(dict.fromkeys(orders))
+    arranged = _arranged(kv_caches, num_heads, block_size)
+    return "+".join(dict.fromkeys(arrangement.order for _, _, arrangement in arranged))
 
 
-def _named_tensors(kv_caches: KVCaches) -> Iterator[tuple[str, torch.Tensor, bool]]:
-    """Yield each region's name and tensor, and whether the layer is no tuple."""
+def _arranged(
+    kv_caches: KVCaches, num_heads: int, block_size: int
+) -> Iterator[tuple[str, torch.Tensor, _Arrangement]]:
+    """Yield every region's name, tensor and arrangement."""
     for layer_name, cache in kv_caches.items():
-        if not isinstance(cache, (tuple, list)):
-            yield layer_name, cache, True  # type: ignore[misc]
-            continue
-        for index, tensor in enumerate(cache):
-            name = layer_name if len(cache) == 1 else f"{layer_name}.{index}"
-            yield name, tensor, False
+        is_tuple = isinstance(cache, (tuple, list))
+        tensors: list[torch.Tensor] = list(cache) if is_tuple else [cache]  # type: ignore[list-item]
+        for index, tensor in enumerate(tensors):
+            name = layer_name if len(tensors) == 1 else f"{layer_name}.{index}"
+            arrangement = _arrange(name, tensor, num_heads, block_size, is_alone=not is_tuple)
+            yield name, tensor, arrangement
 
 
 def _to_region(
@@ -131,13 +130,15 @@ def _to_region(
 
 
 def _arrange(
-    name: str, tensor: torch.Tensor, num_heads: int, block_size: int, is_alone: bool
+    name: str, tensor: torch.Tensor, num_heads: int, block_size: int, *, is_alone: bool
 ) -> _Arrangement:
     """Tell a tensor's dimensions apart, and their order in memory.
 
-    The answer for one head must be the one for many: another rank count has more
-    heads of the same cache. The stride of a dimension of size 1 is that of the
-    dimensions inside it, so it still tells where the dimension belongs.
+    The answer for one head must be the one for many, which the peer's ranks may have of
+    the same cache. With one head either order is the same bytes, and torch does not
+    care for the stride of a dimension of size 1. So the shape decides where the tokens
+    come first in it; the stride decides where they do not, since vLLM sets that one on
+    purpose.
 
     Where there are as many heads as tokens, the shape does not tell: vLLM's single
     tensors have the heads first, vllm-ascend's tuples the tokens.
@@ -165,7 +166,8 @@ def _arrange(
             f"block in shape {shape}"
         )
     heads, tokens = fits[0] if is_alone else fits[-1]
-    if tensor.stride(heads) > tensor.stride(tokens):
+    is_told_by_shape = num_heads == 1 and tokens < heads
+    if tensor.stride(heads) > tensor.stride(tokens) and not is_told_by_shape:
         return _Arrangement((0, heads, tokens, 3), "BHNC", 1)
     return _Arrangement((0, tokens, heads, 3), "BNHC", block_size)
 

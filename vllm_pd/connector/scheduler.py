@@ -43,7 +43,7 @@ class SchedulerRequest(Protocol):
     prompt_token_ids: list[int] | None
     kv_transfer_params: dict[str, Any] | None
     lora_request: Any
-    mm_features: Sequence[Any]
+    mm_features: list[Any]
     cache_salt: str | None
     status: Any
 

@@ -1,9 +1,10 @@
-"""What the workers count, on its way to vLLM's log and to vLLM's ``/metrics``.
+"""What an engine counts, on its way to vLLM's log and to vLLM's ``/metrics``.
 
 A worker hands a ``PDConnectorStats`` to vLLM in every step in which there is news.
 vLLM merges those of all ranks in the scheduler's process, where the scheduler half
-reads them, and sends the contents on to the API server. There one copy is merged
-over an interval for the log, and another one goes to ``metrics.PDPromMetrics``::
+reads them and is asked for its own, and sends the contents on to the API server. There
+one copy is merged over an interval for the log, and another one goes to
+``metrics.PDPromMetrics``::
 
     worker --pickle--> scheduler --msgpack--> API server: log, Prometheus
 """
@@ -50,7 +51,7 @@ class StatsData(msgspec.Struct, kw_only=True):
         num_leases_granted: leases that began.
         num_leases_ended: leases that ended, by reason.
         num_handshake_failures: by reason.
-        num_dropped_frames: by reason.
+        num_dropped_frames: by reason; those of the instance endpoint, too.
         workers: state of each worker, by rank. A sum would be wrong, as vLLM merges
             ranks and points in time in the same way.
     """
@@ -106,6 +107,15 @@ class PDConnectorStats(KVConnectorStats):
             workers={str(tp_rank): state},
         )
         return cls(msgspec.to_builtins(data))
+
+    @classmethod
+    def of_instance(cls, num_dropped: Mapping[str, int]) -> PDConnectorStats:
+        """Pack what the instance endpoint has to tell.
+
+        Args:
+            num_dropped: frames and peers that it did not accept, by reason.
+        """
+        return cls(msgspec.to_builtins(StatsData(num_dropped_frames=dict(num_dropped))))
 
     @property
     def fetches(self) -> list[FetchRecord]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import zmq
@@ -26,6 +27,8 @@ logger = logging.getLogger(__name__)
 _HIGH_WATER_MARK = 10_000
 _SERVER_HIGH_WATER_MARK = 1_000  # a flooding peer's frames beyond it stay in its own memory
 _HEARTBEAT_MS = 5_000
+_FRAMES_PER_TURN = 256  # then whoever polls the server attends to everything else
+_EVENTS_PER_TURN = 1_000
 _RECEIVED_LEN = 2 * MAX_FRAME_LEN
 """Longest frame in bytes that a server reads, only to count it as too long.
 
@@ -84,19 +87,23 @@ class ControlContext:
         """Bind a server; port 0 picks a free one.
 
         Raises:
-            ConfigError: the address is in use or not ours.
+            ConfigError: the address is in use or not ours, or there are no
+                descriptors left.
         """
-        sock = self._socket(zmq.ROUTER, host)
-        if self._key is not None:
-            sock.curve_server = True
-            sock.curve_publickey, sock.curve_secretkey = self._key.public, self._key.secret
-        sock.maxmsgsize = _RECEIVED_LEN
-        sock.rcvhwm = _SERVER_HIGH_WATER_MARK
-        monitor: zmq.Socket[bytes] = sock.get_monitor_socket(_SERVER_EVENTS)
+        sock: zmq.Socket[bytes] | None = None
+        monitor: zmq.Socket[bytes] | None = None
         try:
+            sock = self._socket(zmq.ROUTER, host)
+            if self._key is not None:
+                sock.curve_server = True
+                sock.curve_publickey, sock.curve_secretkey = self._key.public, self._key.secret
+            sock.maxmsgsize = _RECEIVED_LEN
+            sock.rcvhwm = _SERVER_HIGH_WATER_MARK
+            monitor = sock.get_monitor_socket(_SERVER_EVENTS)
             sock.bind(f"tcp://{_bracketed(host)}:{port or '*'}")
         except zmq.ZMQError as exc:
-            _close_monitored(sock, monitor, linger_s=0.0)
+            if sock is not None:
+                _close_monitored(sock, monitor, linger_s=0.0)
             raise ConfigError(f"side channel {host} port {port}: {exc.strerror}") from exc
         return ControlServer(sock, monitor, host)
 
@@ -156,7 +163,7 @@ class _OnlyThisKey:
 class ControlServer:
     """Receives messages from any peer and answers by peer identity.
 
-    Both ``socket`` and ``monitor`` must be polled, and ``receive`` be called when
+    Both ``socket`` and ``monitor`` must be polled, and ``receive_some`` be called when
     either is readable: a monitor whose events nobody reads stops ZeroMQ's I/O thread
     after some thousand refused peers.
 
@@ -185,32 +192,38 @@ class ControlServer:
         """Peers that did not get in."""
         return self.num_dropped["wrong_key"] + self.num_dropped["handshake"]
 
-    def receive(self) -> tuple[bytes, AnyMessage] | None:
-        """Return the next message and its sender; None when there is none.
+    def receive_some(self) -> Iterator[tuple[bytes, AnyMessage]]:
+        """Yield messages and their senders, as many as are served in one turn.
 
-        Frames that are no message are dropped and counted, as are peers that were
-        refused meanwhile.
+        What is left keeps ``socket`` or ``monitor`` readable for zmq's poller. Frames
+        that are no message are dropped and counted, as are peers that were refused
+        meanwhile.
         """
-        self.check()
-        while True:
+        self._check()
+        for _ in range(_FRAMES_PER_TURN):
             try:
                 frames = self.socket.recv_multipart(zmq.NOBLOCK)
             except zmq.Again:
-                return None
-            if len(frames) != 2:
-                self._drop("frame_count")
-            elif len(frames[1]) > MAX_FRAME_LEN:
-                self._drop("oversized")
-            else:
-                try:
-                    return frames[0], decode(frames[1])
-                except RemoteProtocolError as exc:
-                    logger.debug("dropped a frame: %s", exc)
-                    self._drop("malformed")
+                return
+            if message := self._decode(frames):
+                yield frames[0], message
 
-    def check(self) -> None:
-        """Count the peers that were refused since the last call."""
-        while True:
+    def _decode(self, frames: list[bytes]) -> AnyMessage | None:
+        if len(frames) != 2:
+            self._drop("frame_count")
+        elif len(frames[1]) > MAX_FRAME_LEN:
+            self._drop("oversized")
+        else:
+            try:
+                return decode(frames[1])
+            except RemoteProtocolError as exc:
+                logger.debug("dropped a frame: %s", exc)
+                self._drop("malformed")
+        return None
+
+    def _check(self) -> None:
+        """Count the peers that were refused since the last turn."""
+        for _ in range(_EVENTS_PER_TURN):
             try:
                 event = recv_monitor_message(self.monitor, zmq.NOBLOCK)
             except zmq.Again:
@@ -341,11 +354,12 @@ class ControlClient:
 
 
 def _close_monitored(
-    sock: zmq.Socket[bytes], monitor: zmq.Socket[bytes], *, linger_s: float
+    sock: zmq.Socket[bytes], monitor: zmq.Socket[bytes] | None, *, linger_s: float
 ) -> None:
     if not sock.closed:
-        sock.disable_monitor()
-        monitor.close(linger=0)
+        if monitor is not None:
+            sock.disable_monitor()
+            monitor.close(linger=0)
         sock.close(linger=int(linger_s * 1000))
 
 

@@ -91,6 +91,8 @@ class InstanceEndpoint:
         self._outgoing: list[tuple[Address, AnyMessage]] = []
         self._renewals = Renewals()
         self._counts: Counter[str] = Counter()
+        self._dropped: Counter[str] = Counter()  # for whoever takes it
+        self._known_dropped: Counter[str] = Counter()  # of the server, in ``_dropped`` or taken
         self._wakes_at = math.inf  # when the thread looks at ``_renewals`` by itself
         self._closing = False
         self._wake = Wakeup()
@@ -149,6 +151,14 @@ class InstanceEndpoint:
         with self._lock:
             renewed, self._renewed = self._renewed, {}
         return list(renewed)
+
+    def take_num_dropped(self) -> Counter[str]:
+        """Return the frames and peers that were dropped since the last call, by reason."""
+        if not self._dropped:
+            return Counter()
+        with self._lock:
+            dropped, self._dropped = self._dropped, Counter()
+        return dropped
 
     def send_release(self, host: str, port: int, transfer_id: str) -> None:
         """Tell another instance that a prefill will not be fetched; best effort."""
@@ -229,8 +239,16 @@ class InstanceEndpoint:
         self._wake.clear()
         self._outbox.check(now)
         self._notify(now)
-        while received := self._server.receive():
-            self._serve(*received)
+        for identity, message in self._server.receive_some():
+            self._serve(identity, message)
+        self._publish_dropped()
+
+    def _publish_dropped(self) -> None:
+        dropped = Counter(self._server.num_dropped)
+        if dropped != self._known_dropped:
+            with self._lock:
+                self._dropped += dropped - self._known_dropped
+            self._known_dropped = dropped
 
     def _serve(self, identity: bytes, message: AnyMessage) -> None:
         match message:

@@ -264,8 +264,8 @@ class SessionManager:
         self._wake.clear()
         while self._commands:
             self._commands.popleft()(now)
-        while received := self._server.receive():
-            self._producer.handle(*received, now)
+        for identity, message in self._server.receive_some():
+            self._producer.handle(identity, message, now)
         self._consumer.poll(now)
         self._producer.expire(now)
         self._consumer.expire(now)

@@ -40,6 +40,34 @@ class Chunk:
     num_bytes: int
 
 
+@dataclass(frozen=True, slots=True)
+class Stack:
+    """Regions that lie at equal distances, here and at the peer, as vLLM allocates layers.
+
+    A move of one region then stands for all of them.
+
+    Attributes:
+        num_regions: number of regions.
+        dst_distance: bytes from one region here to the next.
+        src_distance: the same at the peer.
+    """
+
+    num_regions: int
+    dst_distance: int
+    src_distance: int
+
+
+def distance_of(regions: Sequence[KVRegion]) -> int | None:
+    """Return the bytes from each region to the next, if all are alike and equally spaced."""
+    first = regions[0]
+    distance = regions[1].addr - first.addr if len(regions) > 1 else first.block_len
+    is_even = distance >= first.num_blocks * first.block_len or len(regions) == 1
+    for index, region in enumerate(regions):
+        is_even &= region.addr == first.addr + index * distance
+        is_even &= (region.block_len, region.num_blocks) == (first.block_len, first.num_blocks)
+    return distance if is_even else None
+
+
 def slice_len(region: KVRegion, heads: Heads | None) -> int:
     """Return the bytes of one block of a region that a transfer of ``heads`` moves."""
     return region.block_len if heads is None else region.num_rows * heads[1] * region.head_len

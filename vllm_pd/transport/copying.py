@@ -10,13 +10,13 @@ from dataclasses import dataclass, field
 from typing import TypeAlias
 
 from vllm_pd.errors import TransferError
-from vllm_pd.transport.chunks import Move
+from vllm_pd.transport.chunks import Move, Stack
 from vllm_pd.transport.digests import digest
 from vllm_pd.transport.ledger import Posted
 from vllm_pd.transport.memory import view
 from vllm_pd.transport.sources import Source
 
-_MOVES_PER_TURN = 64  # between two looks whether the copy is still wanted
+_MOVES_PER_TURN = 16  # between two looks whether the copy is still wanted
 
 
 Spans: TypeAlias = list[tuple[int, int]]
@@ -30,15 +30,19 @@ class Part:
     Attributes:
         moves: what to copy.
         hashed: what to hash then, by index of the digest.
+        stack: if each move stands for several regions.
     """
 
     moves: list[Move]
     hashed: dict[int, Spans]
+    stack: Stack | None = None
 
     def split(self, num_parts: int) -> list[Part]:
         """Return parts of about equal numbers of moves, without digests."""
         step = max(1, -(-len(self.moves) // num_parts))
-        return [Part(self.moves[i : i + step], {}) for i in range(0, len(self.moves), step)]
+        return [
+            Part(self.moves[i : i + step], {}, self.stack) for i in range(0, len(self.moves), step)
+        ]
 
 
 @dataclass(slots=True, eq=False)
@@ -87,7 +91,7 @@ class CopyJob:
         try:
             while (index := next(self._next_part)) < len(self.parts):
                 part = self.parts[index]
-                self._copy(part.moves)
+                self._copy(part)
                 if index == 0 and not self.hashed_last:
                     self._damage(part.moves)
                 self._hash(part.hashed)
@@ -113,12 +117,12 @@ class CopyJob:
     def _fail(self, exc: Exception) -> None:
         self.error = exc if isinstance(exc, TransferError) else TransferError(f"copy: {exc!r}")
 
-    def _copy(self, moves: list[Move]) -> None:
-        for start in range(0, len(moves), _MOVES_PER_TURN):
+    def _copy(self, part: Part) -> None:
+        for start in range(0, len(part.moves), _MOVES_PER_TURN):
             if self._is_cancelled:
                 raise TransferError("the peer was lost during the copy")
             assert self.source is not None
-            self.source.read(moves[start : start + _MOVES_PER_TURN])
+            self.source.read(part.moves[start : start + _MOVES_PER_TURN], part.stack)
 
     def _hash(self, hashed: dict[int, Spans]) -> None:
         if not hashed:

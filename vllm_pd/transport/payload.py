@@ -17,6 +17,7 @@ from vllm_pd.errors import TransportUnavailableError
 from vllm_pd.transport.base import KVRegion
 from vllm_pd.transport.chunks import Chunk, spans_of_piece
 from vllm_pd.transport.device import DeviceInterface, TorchDevice
+from vllm_pd.transport.lanes import one_line
 from vllm_pd.transport.ledger import Posted
 from vllm_pd.transport.links import Direction
 from vllm_pd.transport.memory import view
@@ -112,13 +113,18 @@ def device_of(regions: Sequence[KVRegion]) -> DeviceInterface:
     """Return what torch has the tensors of a KV cache on.
 
     Raises:
-        TransportUnavailableError: they are in several kinds of memory, or missing.
+        TransportUnavailableError: they are in several kinds of memory, missing, or on
+            something that torch has no module for.
     """
     kinds = {region.device for region in regions}
     tensors = [region.tensor for region in regions]
     if len(kinds) != 1 or any(tensor is None for tensor in tensors):
         raise TransportUnavailableError(f"KV cache in {', '.join(sorted(kinds))} memory")
-    return TorchDevice(kinds.pop(), tensors[0].device.index or 0)
+    kind = kinds.pop()
+    try:
+        return TorchDevice(kind, tensors[0].device.index or 0)
+    except (RuntimeError, AttributeError, AssertionError) as exc:  # torch raises any of them
+        raise TransportUnavailableError(f"KV cache in {kind} memory: {one_line(exc)}") from exc
 
 
 @dataclass(slots=True, eq=False)

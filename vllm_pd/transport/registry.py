@@ -80,7 +80,7 @@ def open_transports(
             transport = create(name, options, faults)
             try:
                 transport.register_regions(regions)
-            except TransportUnavailableError:
+            except BaseException:
                 transport.close()
                 raise
         except TransportUnavailableError as exc:

@@ -373,6 +373,7 @@ class ShmTransport(HostTransport):
     def _plan(self, job: CopyJob, ready: Ready) -> None:
         """Turn blocks into address ranges; in parts for several threads or digests."""
         posted = job.posted
+        assert job.source is not None
         pieces = [Piece(*piece) for piece in ready.vouched]
         check_pieces(pieces, len(self._regions), len(posted.block_ids))
         hashed = self._spans_of(posted, pieces)
@@ -396,8 +397,14 @@ class ShmTransport(HostTransport):
                 job.parts.append(part)
             return
         runs = merge_runs(ready.block_ids, posted.block_ids)
+        stacked = None
+        if posted.heads is None and ready.heads is None:
+            stacked = job.source.plan_stack(self._regions, runs)
+        if stacked is not None:
+            moves, stack, runs = stacked
+            job.parts += Part(moves, {}, stack).split(self._options.num_copy_threads)
         whole = Part([], {})
-        for index in range(len(self._regions)):
+        for index in range(len(self._regions)) if runs else ():
             self._plan_region(job, whole, index, runs, (ready.heads, inline))
         job.parts += whole.split(self._options.num_copy_threads)
         job.hashed_last = hashed

@@ -8,11 +8,15 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from typing import TypeAlias
 
 from vllm_pd.errors import RemoteProtocolError
 from vllm_pd.transport import memory
 from vllm_pd.transport.base import Heads, KVRegion
-from vllm_pd.transport.chunks import Move, moves_between
+from vllm_pd.transport.chunks import Move, Stack, distance_of, moves_between
+
+Run: TypeAlias = tuple[int, int, int]
+"""``(src_block_id, dst_block_id, num_blocks)``."""
 
 Inline = Mapping[int, bytes]
 """Bytes that travelled with a message, by their address in the producer."""
@@ -33,7 +37,7 @@ class Source(ABC):
         self,
         index: int,
         dst: KVRegion,
-        runs: Sequence[tuple[int, int, int]],
+        runs: Sequence[Run],
         heads: tuple[Heads | None, Heads | None],
         inline: Inline,
     ) -> tuple[list[Move], list[bytearray]]:
@@ -53,9 +57,30 @@ class Source(ABC):
             RemoteProtocolError: bytes of a block are neither readable nor inline.
         """
 
+    def plan_stack(
+        self,
+        dst: Sequence[KVRegion],  # noqa: ARG002
+        runs: Sequence[Run],  # noqa: ARG002
+    ) -> tuple[list[Move], Stack, list[Run]] | None:
+        """Plan to copy whole blocks of all regions at once, if that can be.
+
+        Args:
+            dst: our regions.
+            runs: ``(src_block_id, dst_block_id, num_blocks)``.
+
+        Returns:
+            Moves of the first region, how they apply to the others, and the runs
+            that must be planned region by region.
+        """
+        return None
+
     @abstractmethod
-    def read(self, moves: Sequence[Move]) -> None:
+    def read(self, moves: Sequence[Move], stack: Stack | None = None) -> None:
         """Copy; may run on any thread, and several times at once.
+
+        Args:
+            moves: what to copy.
+            stack: if each move stands for several regions, which ``plan_stack`` said.
 
         Raises:
             OSError: the kernel refused.
@@ -72,12 +97,15 @@ class MappedSource(Source):
         super().__init__(regions)
         self._spans = list(spans)
         self._views = [self._view(region) for region in self.regions]
+        self._distance = distance_of([region for region, _, _ in self._views])
+        # Blocks that are mapped in all regions; a region of none leaves none.
+        self._inside = max(v[1] for v in self._views), min(v[2] for v in self._views)
 
     def plan(  # noqa: D102
         self,
         index: int,
         dst: KVRegion,
-        runs: Sequence[tuple[int, int, int]],
+        runs: Sequence[Run],
         heads: tuple[Heads | None, Heads | None],
         inline: Inline,
     ) -> tuple[list[Move], list[bytearray]]:
@@ -98,8 +126,23 @@ class MappedSource(Source):
                 moves += moves_between(dst, run, ours, source, theirs)
         return moves, patches
 
-    def read(self, moves: Sequence[Move]) -> None:  # noqa: D102
-        memory.copy_all(moves)
+    def plan_stack(  # noqa: D102
+        self, dst: Sequence[KVRegion], runs: Sequence[tuple[int, int, int]]
+    ) -> tuple[list[Move], Stack, list[Run]] | None:
+        here = distance_of(dst)
+        if self._distance is None or here is None:
+            return None
+        inside, rest = _split(runs, *self._inside)
+        moves = moves_between(dst[0], inside, None, self._views[0][0], None)
+        return moves, Stack(len(dst), here, self._distance), rest
+
+    def read(self, moves: Sequence[Move], stack: Stack | None = None) -> None:  # noqa: D102
+        if stack is None:
+            memory.copy_all(moves)
+            return
+        strides = stack.dst_distance, stack.src_distance
+        for dst, src, num_bytes in moves:
+            memory.copy_rows(dst, src, num_bytes, stack.num_regions, strides)
 
     def close(self) -> None:  # noqa: D102
         for span in self._spans:
@@ -151,14 +194,28 @@ class ProcessSource(Source):
         self,
         index: int,
         dst: KVRegion,
-        runs: Sequence[tuple[int, int, int]],
+        runs: Sequence[Run],
         heads: tuple[Heads | None, Heads | None],
         inline: Inline,  # noqa: ARG002 - everything is readable
     ) -> tuple[list[Move], list[bytearray]]:
         return moves_between(dst, runs, heads[0], self.regions[index], heads[1]), []
 
-    def read(self, moves: Sequence[Move]) -> None:  # noqa: D102
+    def read(self, moves: Sequence[Move], stack: Stack | None = None) -> None:  # noqa: ARG002, D102
         memory.read_process(self._pid, moves)
+
+
+def _split(runs: Sequence[Run], first: int, last: int) -> tuple[list[Run], list[Run]]:
+    """Separate the source blocks from ``first`` to before ``last`` from the others."""
+    inside: list[Run] = []
+    rest: list[Run] = []
+    for src, dst, count in runs:
+        low = min(max(first - src, 0), count)
+        high = max(min(last - src, count), low)
+        pieces = ((rest, 0, low), (inside, low, high), (rest, high, count))
+        for where, start, end in pieces:
+            if start < end:
+                where.append((src + start, dst + start, end - start))
+    return inside, rest
 
 
 def _moved(region: KVRegion, addr: int) -> KVRegion:

@@ -314,11 +314,7 @@ class TcpTransport(HostTransport):
                 )
             inbound.num_vouched += 1
             posted.verify_s += time.monotonic() - started
-        try:
-            self._payload.landed(posted, data.chunk, inbound.chunks[data.chunk], landing)
-        except TransferError as exc:
-            inbound.error = exc
-            self._payload.give_up(landing)
+        self._payload.landed(posted, data.chunk, inbound.chunks[data.chunk], landing)
         self._finish_if_complete(inbound)
 
     def _finish_if_complete(self, inbound: _Inbound) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import pytest
 
 from vllm_pd.errors import TransferError
-from vllm_pd.transport.chunks import Move
+from vllm_pd.transport.chunks import Move, Stack
 from vllm_pd.transport.copying import CopyJob, Part
 from vllm_pd.transport.digests import digest
 from vllm_pd.transport.ledger import Posted
@@ -31,7 +31,7 @@ class Local(Source):
     def plan(self, *_: object) -> tuple[list[Move], list[bytearray]]:
         raise NotImplementedError
 
-    def read(self, moves: Sequence[Move]) -> None:
+    def read(self, moves: Sequence[Move], stack: Stack | None = None) -> None:
         self.num_reads += 1
         if self.error is not None:
             raise self.error

@@ -11,6 +11,7 @@ from tests.transport_conformance import Arena, noise
 from vllm_pd.errors import RemoteProtocolError
 from vllm_pd.transport import memory
 from vllm_pd.transport.base import Heads, KVRegion, merge_runs
+from vllm_pd.transport.chunks import distance_of
 from vllm_pd.transport.sources import MappedSource, ProcessSource, Source
 
 NUM_BLOCKS = 10
@@ -176,3 +177,71 @@ def test_process_that_does_not_let_itself_be_read_is_an_error(ours: Arena) -> No
     moves, _ = source.plan(0, region(ours.addr), [(0, 0, 1)], (None, None), {})
     with pytest.raises(OSError, match="Bad address"):
         source.read(moves)
+
+
+NUM_LAYERS, GAP = 3, 256  # of a stack; vLLM 0.32 allocates the layers one behind the other
+
+
+def stack_of(addr: int, distance: int) -> list[KVRegion]:
+    return [region(addr + layer * distance) for layer in range(NUM_LAYERS)]
+
+
+def test_blocks_of_equally_spaced_regions_are_copied_all_at_once() -> None:
+    """The distances may differ on the two sides; blocks on partial pages are left to others."""
+    there, here = NUM_BLOCKS * BLOCK_LEN + GAP, NUM_BLOCKS * BLOCK_LEN
+    theirs, ours = Arena(NUM_LAYERS * there), Arena(NUM_LAYERS * here)
+    theirs.write(theirs.addr, noise(7, NUM_LAYERS * there))
+    span = memory.share_pages(*memory.page_interior(theirs.addr, theirs.num_bytes))
+    mapped = memory.map_span(span.addr, span.num_bytes, span.fd)
+    source = MappedSource(stack_of(theirs.addr, there), [mapped])
+    dst = stack_of(ours.addr, here)
+    runs = [(0, 2, 1), (4, 5, 2), (9, 0, 1)]
+
+    planned = source.plan_stack(dst, runs)
+
+    assert planned is not None
+    moves, stack, rest = planned
+    assert (len(moves), stack.num_regions) == (1, NUM_LAYERS)
+    assert rest == [(0, 2, 1), (9, 0, 1)]  # the first and the last page are not shared
+    source.read(moves, stack)
+    for layer in range(NUM_LAYERS):
+        for come, to in ((4, 5), (5, 6)):
+            wanted = theirs.read(theirs.addr + layer * there + come * BLOCK_LEN, BLOCK_LEN)
+            assert ours.read(dst[layer].addr + to * BLOCK_LEN, BLOCK_LEN) == wanted
+        for untouched in (0, 1, 2, 3, 4, 7, 8, 9):
+            got = ours.read(dst[layer].addr + untouched * BLOCK_LEN, BLOCK_LEN)
+            assert got == bytes(BLOCK_LEN)
+    source.close()
+    os.close(span.fd)
+
+
+def test_run_that_crosses_the_edge_of_what_is_mapped_is_split() -> None:
+    size = NUM_BLOCKS * BLOCK_LEN
+    theirs = Arena(size)
+    span = memory.share_pages(*memory.page_interior(theirs.addr, theirs.num_bytes))
+    mapped = memory.map_span(span.addr, span.num_bytes, span.fd)
+    source = MappedSource([region(theirs.addr)], [mapped])
+    planned = source.plan_stack([region(0)], [(0, 0, NUM_BLOCKS)])
+    assert planned is not None
+    covered = [(come, count) for come, _, count in planned[2]]
+    covered += [
+        ((src - mapped.addr + mapped.remote_addr - theirs.addr) // BLOCK_LEN, length // BLOCK_LEN)
+        for _, src, length in planned[0]
+    ]
+    blocks = [block for come, count in covered for block in range(come, come + count)]
+    assert sorted(blocks) == list(range(NUM_BLOCKS))
+    source.close()
+    os.close(span.fd)
+
+
+@pytest.mark.parametrize(
+    "regions",
+    [
+        [region(0), region(20_000), region(41_000)],
+        [region(0), region(20_000), region(40_000, num_heads=2)],
+        [region(20_000), region(0)],
+        [region(0), region(100)],  # they would overlap
+    ],
+)
+def test_regions_that_are_not_equally_spaced_are_no_stack(regions: list[KVRegion]) -> None:
+    assert distance_of(regions) is None

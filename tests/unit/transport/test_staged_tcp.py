@@ -106,18 +106,22 @@ def test_consumers_that_leave_in_the_middle_cost_the_producer_no_buffer(make: Ma
 def test_producers_that_leave_in_the_middle_cost_the_consumer_no_buffer(
     make: Make, num_streams: int
 ) -> None:
-    consumer = make("decode", num_streams=num_streams)
+    consumer, producer = make("decode", num_streams=num_streams), make("p0")
+    (first, second, *_) = plan_chunks(consumer.regions, None, len(BLOCKS), max_len=BUFFER_LEN)
     for number in range(4):
-        producer = make(f"p{number}")
-        introduce(producer, consumer)
-        producer.transport.send_blocks(SESSION, 1, BLOCKS)
-        consumer.transport.recv_blocks(SESSION, 1, BLOCKS)
-        before = consumer.content()
-        drive(producer, consumer, until=lambda before=before: consumer.content() != before)  # type: ignore[misc]
-        producer.transport.close()
-        outcomes_of(consumer)
+        with LyingProducer(consumer, socket.AF_INET) as liar:
+            consumer.transport.recv_blocks(SESSION, number, BLOCKS)
+            liar.accept(num_streams)
+            for index, chunk in enumerate((first, second)[:num_streams]):
+                frame = {"type": "data", "transfer_id": number, "chunk": index}
+                half = framed({**frame, "num_bytes": chunk.num_bytes}) + b"half"
+                liar.socks[index].sendall(half)
+            for _ in range(3):
+                drive(consumer, until=lambda: True)
+            if number % 2:
+                consumer.transport.remove_peer(SESSION)
+        assert isinstance(poll_until_outcome(consumer).error, PeerLostError)
         consumer.transport.remove_peer(SESSION)
-    producer = make("another")
     introduce(producer, consumer, "another")
     fetch(producer, consumer, "another")
 
