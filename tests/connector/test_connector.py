@@ -41,7 +41,7 @@ def make(model: Path) -> Iterator[MakeConnector]:
     register()  # vLLM may load plugins more than once
     made: list[Any] = []
 
-    def make_connector(name: str = "PDConnector", **extra: Any) -> Any:
+    def make_connector(name: str = "PDConnector", kv_cache: Any = None, **extra: Any) -> Any:
         transfer = KVTransferConfig(
             kv_connector=name,
             kv_role="kv_both",
@@ -53,7 +53,7 @@ def make(model: Path) -> Iterator[MakeConnector]:
         connector = KVConnectorFactory.create_connector(
             config,
             KVConnectorRole.SCHEDULER,
-            None,  # type: ignore[arg-type]
+            kv_cache,
         )
         made.append(connector)
         return connector
@@ -68,6 +68,20 @@ def make(model: Path) -> Iterator[MakeConnector]:
 def test_unknown_option_is_refused_by_name(make: MakeConnector) -> None:
     with pytest.raises(ConfigError, match="lease_seconds"):
         make(lease_seconds=5)
+
+
+@vllm_warnings
+def test_model_with_a_sliding_window_alone_is_refused_by_its_spec(make: MakeConnector) -> None:
+    """Its skipped positions have the null block, which all requests share."""
+    import torch
+    from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec, SlidingWindowSpec
+
+    spec = SlidingWindowSpec(
+        block_size=32, num_kv_heads=2, head_size=64, dtype=torch.float32, sliding_window=64
+    )
+    groups = [KVCacheGroupSpec(["layers.0.attn"], spec)]
+    with pytest.raises(ConfigError, match="KV cache is of SlidingWindowSpec"):
+        make(kv_cache=KVCacheConfig(8, [], groups))
 
 
 @vllm_warnings

@@ -133,6 +133,14 @@ def test_fetch_is_counted_and_timed(api_server: ApiServer) -> None:
     assert api_server.value("fetch_bytes_sum") == 2_000_000
 
 
+def test_bytes_of_prompts_that_needed_no_fetch_are_saved_too(api_server: ApiServer) -> None:
+    from vllm_pd.connector.stats import PDConnectorStats
+
+    api_server.record(worker_stats(fetches=[FETCH]))
+    api_server.record(PDConnectorStats.of_worker(0, SessionStats(), {}, num_bytes_saved=500))
+    assert api_server.value("saved_bytes_total") == 1500
+
+
 def test_failed_fetch_is_counted_but_not_timed(api_server: ApiServer) -> None:
     api_server.record(worker_stats(fetches=[fetched(outcome=Outcome.CORRUPT)]))
     assert api_server.value("fetches_total", outcome="corrupt") == 1
@@ -213,6 +221,17 @@ def merged(*of_ranks: PDConnectorStats | None) -> PDConnectorStats:
     found = output.kv_connector_output.kv_connector_stats
     assert isinstance(found, PDConnectorStats)
     return found
+
+
+def test_drops_of_the_instance_endpoint_are_counted_and_leave_the_gauges_alone(
+    api_server: ApiServer,
+) -> None:
+    from vllm_pd.connector.stats import PDConnectorStats
+
+    api_server.record(worker_stats(num_leases=2))
+    api_server.record(PDConnectorStats.of_instance({"wrong_key": 3}))
+    assert api_server.value("dropped_frames_total", reason="wrong_key") == 3
+    assert api_server.value("leases") == 2
 
 
 def test_step_in_which_one_rank_has_news_reports_that_rank() -> None:

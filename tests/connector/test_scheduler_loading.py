@@ -102,6 +102,7 @@ def test_fully_cached_prompt_is_released_and_not_loaded(producer: Engine, consum
     request_id = consumer.add(prompt, params)
     step = consumer.step()
     assert step.metadata.loads == []
+    assert step.metadata.num_blocks_saved == 3
     assert step.num_scheduled == {request_id: 1}
     assert wait_for_release(producer) == [params["transfer_id"]]
 

@@ -5,12 +5,17 @@ Runs in whichever vLLM is importable.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from tests.connector.driving import prefill
 from tests.unit.connector.test_timeline import fetched
+from vllm_pd.config import ConnectorConfig
+from vllm_pd.protocol.messages import GetStats
+from vllm_pd.session.channel import ControlContext
 from vllm_pd.session.stats import Outcome, SessionStats
 
 if TYPE_CHECKING:
@@ -67,6 +72,21 @@ def waiting_for(consumer: Engine, producer: Engine, *, timeline: bool) -> str:
     return request_id
 
 
+def send_garbage(engine: Engine) -> None:
+    """Send two frames that are no messages, and see to it that they are counted."""
+    params = prefill(engine)  # only an answer tells where the endpoint is
+    context = ControlContext(ConnectorConfig())
+    client = context.client(params["remote_host"], params["remote_port"])
+    for _ in range(2):
+        client.socket.send(b"\xc1")
+    for _ in range(2):  # what was dropped is published after the turn in which it was
+        client.send(GetStats())
+        assert client.socket.poll(10_000)
+        assert client.receive() is not None
+    client.close()
+    context.close()
+
+
 def answer_of(engine: Engine, request_id: str) -> dict[str, Any] | None:
     for _ in range(10):
         finished = engine.step().finished
@@ -79,6 +99,28 @@ def test_stats_of_a_step_without_tokens_reach_the_front_end(consumer: Engine) ->
     stats = worker_stats(fetches=[fetched()], num_blocks_held=3)
     expected = dict(stats.data)
     assert report(consumer, stats) == expected
+
+
+def test_drops_of_the_instance_endpoint_reach_the_front_end_once(producer: Engine) -> None:
+    send_garbage(producer)
+    seen = report(producer, worker_stats(num_dropped_frames=Counter(malformed=1)))
+    assert seen is not None
+    assert seen["num_dropped_frames"] == {"malformed": 3}
+    assert seen["workers"].keys() == {"0"}
+    seen = report(producer, worker_stats(num_leases_granted=1))
+    assert seen is not None
+    assert seen["num_dropped_frames"] == {}
+
+
+def test_drops_of_the_instance_endpoint_are_not_lost_without_news_of_workers(
+    producer: Engine,
+) -> None:
+    """0.32 tells them at once, 0.23 with the next news of a worker."""
+    send_garbage(producer)
+    alone = report(producer, None)
+    with_news = report(producer, worker_stats(num_leases_granted=1))
+    told = [seen["num_dropped_frames"] for seen in (alone, with_news) if seen is not None]
+    assert sum(map(Counter, told), Counter()) == {"malformed": 2}
 
 
 def test_step_without_news_sends_no_stats(consumer: Engine) -> None:

@@ -97,3 +97,18 @@ def test_abort_of_a_load_frees_the_blocks_on_both_sides(
     consumer.engine.abort(request_id)
     run_until_idle(producer, consumer)
     assert [producer.engine.num_free_blocks, consumer.engine.num_free_blocks] == [num_free] * 2
+
+
+def test_bytes_of_a_wholly_cached_prompt_are_reported_as_saved(
+    make_instance: Callable[..., Instance],
+) -> None:
+    """Nothing is fetched, so no fetch tells what the prefix cache saved."""
+    producer, consumer = make_instance(fill=3), make_instance(fill=0)
+    prompt = PROMPT[:97]  # three blocks and the token that is computed in any case
+    consumer.engine.add(prompt)
+    run_until_idle(consumer)
+    assert consumer.num_bytes_saved == 0
+    prefilled = producer.engine.add(prompt, dict(KEEP))
+    consumer.engine.add(prompt, producer.step().finished[prefilled])
+    run_until_idle(producer, consumer)
+    assert consumer.num_bytes_saved == 3 * consumer.block_len

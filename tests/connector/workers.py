@@ -13,6 +13,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
 from vllm.v1.worker.kv_connector_model_runner_mixin import KVConnectorModelRunnerMixin
 
 from tests.connector.harness import BLOCK_SIZE, Engine, Step
+from vllm_pd.connector.stats import PDConnectorStats
 
 if TYPE_CHECKING:
     import pytest
@@ -35,6 +36,7 @@ class Instance:
     def __init__(self, engine: Engine, monkeypatch: pytest.MonkeyPatch, *, fill: int) -> None:
         self.engine = engine
         self.num_computed: Counter[str] = Counter()
+        self.num_bytes_saved = 0
         self._monkeypatch = monkeypatch
         self._caches = _kv_caches(engine, fill)
         monkeypatch.setattr(parallel_state, "get_tensor_model_parallel_rank", lambda: 0)
@@ -51,6 +53,11 @@ class Instance:
     def close(self) -> None:
         self._connector.shutdown()  # type: ignore[no-untyped-call]
 
+    @property
+    def block_len(self) -> int:
+        """Bytes of one block in all layers."""
+        return sum(cache[0].nbytes for cache in self._caches.values())
+
     def holds(self, block_id: int, value: int) -> bool:
         """Whether every byte of a block is this one, in every layer."""
         return all(bool((cache[block_id] == value).all()) for cache in self._caches.values())
@@ -66,7 +73,10 @@ class Instance:
         with self._monkeypatch.context() as patched:
             patched.setattr(kv_transfer_state, "_KV_CONNECTOR_AGENT", self._connector)
             run = KVConnectorModelRunnerMixin.kv_connector_no_forward
-            return run(scheduled, self.engine.config).kv_connector_output
+            found = run(scheduled, self.engine.config).kv_connector_output
+        if found is not None and isinstance(found.kv_connector_stats, PDConnectorStats):
+            self.num_bytes_saved += found.kv_connector_stats.data["num_bytes_saved"]
+        return found
 
 
 def _kv_caches(engine: Engine, fill: int) -> dict[str, torch.Tensor]:

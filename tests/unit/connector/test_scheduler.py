@@ -43,6 +43,8 @@ class FakeRequest:
     num_computed_tokens: int = len(PROMPT)
     prompt_token_ids: list[int] | None = field(default_factory=lambda: list(PROMPT))
     lora_request: Any = None
+    mm_features: list[Any] = field(default_factory=list)
+    cache_salt: str | None = None
     status: Any = Status.FINISHED_LENGTH_CAPPED
 
 
@@ -140,6 +142,62 @@ def test_kv_of_another_adapter_is_not_loaded(scheduler: PDConnectorScheduler) ->
     assert scheduler.get_num_new_matched_tokens(request, 0) == (0, False)
 
 
+@dataclass
+class Position:
+    offset: int
+
+
+@dataclass
+class Image:
+    """The part of ``MultiModalFeatureSpec`` that matters; its tokens all have one id."""
+
+    identifier: str
+    mm_position: Position
+
+
+def image(identifier: str, offset: int = 3) -> Image:
+    return Image(identifier, Position(offset))
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"mm_features": []},
+        {"mm_features": [image("dog")]},
+        {"mm_features": [image("cat", offset=4)]},
+        {"mm_features": [image("cat"), image("cat", offset=9)]},
+        {"cache_salt": None},
+        {"cache_salt": "theirs"},
+    ],
+    ids=["no image", "another image", "elsewhere", "one more", "no salt", "another salt"],
+)
+def test_kv_of_another_image_or_salt_is_not_loaded(
+    scheduler: PDConnectorScheduler, other: dict[str, Any]
+) -> None:
+    inputs: dict[str, Any] = {"mm_features": [image("cat")], "cache_salt": "ours"}
+    _, params = scheduler.request_finished(FakeRequest(KEEP, **inputs), [7, 8, 9])
+    consumer = make_scheduler(FakeEndpoint(), engine_id="d1")
+    same = FakeRequest(params, **inputs)
+    assert consumer.get_num_new_matched_tokens(same, 0) == (40, True)
+    wrong = FakeRequest(params, request_id="req-2", **{**inputs, **other})
+    assert consumer.get_num_new_matched_tokens(wrong, 0) == (0, False)
+
+
+def test_image_behind_the_prefilled_part_does_not_matter(scheduler: PDConnectorScheduler) -> None:
+    """As in a conversation: the next turn adds an image."""
+    first = FakeRequest(KEEP, mm_features=[image("cat")])
+    _, params = scheduler.request_finished(first, [7, 8, 9])
+    tokens = [*PROMPT, *range(500, 520)]
+    second = FakeRequest(
+        params,
+        num_prompt_tokens=len(tokens),
+        prompt_token_ids=tokens,
+        mm_features=[image("cat"), image("dog", offset=45)],
+    )
+    consumer = make_scheduler(FakeEndpoint(), engine_id="d1")
+    assert consumer.get_num_new_matched_tokens(second, 0) == (40, True)
+
+
 def test_load_names_only_the_blocks_that_are_missing(scheduler: PDConnectorScheduler) -> None:
     request = FakeRequest(REMOTE)
     scheduler.update_state_after_alloc(request, [10, 11, 12, 13], num_external_tokens=24)
@@ -171,6 +229,29 @@ def test_prefill_that_is_not_needed_is_released(
 ) -> None:
     scheduler.update_state_after_alloc(FakeRequest(REMOTE), [10, 11, 12], num_external_tokens=0)
     assert endpoint.sent == [("127.0.0.1", 5600, "t1")]
+
+
+@pytest.mark.parametrize(("num_cached", "num_saved"), [(0, 0), (16, 1), (32, 2), (39, 2), (48, 2)])
+def test_blocks_of_a_prefill_that_the_prefix_cache_makes_needless_are_counted_once(
+    endpoint: FakeEndpoint, num_cached: int, num_saved: int
+) -> None:
+    scheduler = make_scheduler(endpoint, min_load_tokens=100)
+    request = FakeRequest(REMOTE)
+    scheduler.get_num_new_matched_tokens(request, 16)  # there were no free blocks that time
+    scheduler.get_num_new_matched_tokens(request, num_cached)
+    scheduler.update_state_after_alloc(request, [10, 11, 12], num_external_tokens=0)
+    scheduler.update_state_after_alloc(request, [10, 11, 12], num_external_tokens=0)
+    assert scheduler.build_step_news().num_blocks_saved == num_saved
+    assert scheduler.build_step_news().num_blocks_saved == 0
+
+
+def test_blocks_that_a_fetch_leaves_out_are_left_to_the_fetch_to_count(
+    scheduler: PDConnectorScheduler,
+) -> None:
+    request = FakeRequest(REMOTE)
+    scheduler.get_num_new_matched_tokens(request, 16)
+    scheduler.update_state_after_alloc(request, [10, 11, 12], num_external_tokens=24)
+    assert scheduler.build_step_news().num_blocks_saved == 0
 
 
 def test_request_aborted_before_it_was_scheduled_releases_its_prefill(

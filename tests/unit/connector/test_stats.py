@@ -46,10 +46,15 @@ class FakeWorker:
 
     def __init__(self) -> None:
         self.stats: SessionStats | None = None
+        self.num_bytes_saved = 0
         self.transports: dict[str, tuple[str, str]] = dict(SHM)
 
     def take_stats(self) -> SessionStats | None:
         taken, self.stats = self.stats, None
+        return taken
+
+    def take_num_bytes_saved(self) -> int:
+        taken, self.num_bytes_saved = self.num_bytes_saved, 0
         return taken
 
     def transport_info(self) -> dict[str, tuple[str, str]]:
@@ -88,6 +93,14 @@ def test_ranks_of_one_step_add_up() -> None:
         "0": 2,
         "1": 3,
     }
+
+
+def test_drops_of_the_instance_endpoint_add_to_those_of_the_workers(module: ModuleType) -> None:
+    ours = module.PDConnectorStats.of_instance(Counter(wrong_key=2, malformed=1))
+    assert not ours.is_empty()
+    data = make(num_dropped_frames=Counter(malformed=1), num_leases=3).aggregate(ours).data
+    assert data["num_dropped_frames"] == {"wrong_key": 2, "malformed": 2}
+    assert data["workers"]["0"]["num_leases"] == 3
 
 
 def test_later_state_of_a_rank_replaces_the_earlier_one() -> None:
@@ -198,3 +211,24 @@ def test_worker_tells_its_transports_with_all_news(module: ModuleType) -> None:
     assert news.fetches == [fetched()]
     assert list(news.data["workers"]["3"]["transports"]) == ["shm"]
     assert reporter.take() is None
+
+
+def test_saved_bytes_alone_are_news_and_leave_the_state_as_it_was(module: ModuleType) -> None:
+    """Nothing happened to the sessions, so the leases they hold are still there."""
+    worker = FakeWorker()
+    reporter = module.StatsReporter(worker)
+    worker.stats = SessionStats(num_leases_granted=2, num_leases=2, num_blocks_held=7)
+    reporter.take()
+    worker.num_bytes_saved = 4096
+    news = reporter.take()
+    assert not news.is_empty()
+    assert (news.data["num_bytes_saved"], news.data["num_leases_granted"]) == (4096, 0)
+    state = news.data["workers"]["3"]
+    assert (state["num_leases"], state["num_blocks_held"]) == (2, 7)
+    assert reporter.take() is None
+
+
+def test_log_line_tells_the_bytes_of_wholly_cached_prompts(module: ModuleType) -> None:
+    worker = FakeWorker()
+    worker.num_bytes_saved = 2_500_000
+    assert module.StatsReporter(worker).take().reduce() == {"MB of wholly cached prompts": 2.5}

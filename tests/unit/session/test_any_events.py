@@ -22,7 +22,7 @@ from hypothesis.stateful import (
 )
 
 from tests.unit.session.fakes import Channel, Half
-from tests.unit.session.world import CONFIG, PREFILL_BLOCKS, ConsumerRank, World
+from tests.unit.session.world import PREFILL_BLOCKS, ConsumerRank, World
 from vllm_pd.errors import DigestMismatchError, TransferError
 from vllm_pd.protocol.messages import decode
 
@@ -60,7 +60,6 @@ def test_undisturbed_fetches_succeed_and_free_everything(
             assert [result.error for result in worker.reported.values()] == [None, None]
         for producer in world.producers:
             assert list(producer.freed) == list(producer.granted)
-            assert producer.producer.num_bytes_sent >= 0
             assert not producer.server.num_dropped
 
 
@@ -268,6 +267,8 @@ class Sessions(RuleBasedStateMachine):
                 self.world.cut(choose(halves, pick).peer_id, is_seen_by)
             case "descriptors run out once":
                 self.world.network.num_refused_clients = 1
+            case _:
+                pass  # there is nothing that this could happen to
 
     # What must hold at any time
 
@@ -294,5 +295,3 @@ TestSessionsUnderAnyEvents = Sessions.TestCase
 TestSessionsUnderAnyEvents.settings = settings(
     max_examples=150, stateful_step_count=50, deadline=None
 )
-
-assert CONFIG.transfer_timeout_s < CONFIG.lease_s

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import resource
 import socket
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -65,14 +68,14 @@ def wait_dropped(server: ControlServer, count: int) -> dict[str, int]:
     while server.num_dropped.total() < count:
         assert time.monotonic() < deadline, server.num_dropped
         poller.poll(100)
-        while server.receive():
+        for _ in server.receive_some():
             pass
     return dict(server.num_dropped)
 
 
 def wait_message(server: ControlServer) -> object:
     deadline = time.monotonic() + 10.0
-    while not (received := server.receive()):
+    while not (received := next(server.receive_some(), None)):
         assert time.monotonic() < deadline, server.num_dropped
         server.socket.poll(100)
     return received[1]
@@ -199,13 +202,67 @@ def test_refused_peers_in_thousands_do_not_stop_the_service(
             with socket.create_connection(("127.0.0.1", server.port)) as stranger:
                 stranger.sendall(b"?" * 64)
         while server.num_dropped.total() < 100 * count:
-            server.receive()
+            list(server.receive_some())
     client = context.client("127.0.0.1", server.port)
     client.send(Describe())
     assert wait_message(server) == Describe()
     assert dict(server.num_dropped) == {"handshake": 3000}
     client.close()
     server.close()
+
+
+def test_server_is_read_in_turns_and_the_rest_needs_no_new_event(
+    server: ControlServer, client: ControlClient
+) -> None:
+    for _ in range(600):
+        client.send(Describe())
+    client.socket.send(b"\xc1")
+    poller = zmq.Poller()
+    poller.register(server.socket, zmq.POLLIN)
+    poller.register(server.monitor, zmq.POLLIN)
+    turns: list[int] = []
+    while not server.num_dropped:
+        assert poller.poll(10_000), "what is left is not announced"
+        turns.append(len(list(server.receive_some())))
+    assert sum(turns) == 600
+    assert max(turns) <= 256
+
+
+def test_frames_that_are_no_messages_do_not_prolong_a_turn(
+    server: ControlServer, client: ControlClient
+) -> None:
+    for _ in range(600):
+        client.socket.send(b"\xc1")
+    known = 0
+    while known < 600:
+        assert server.socket.poll(10_000)
+        assert list(server.receive_some()) == []
+        assert server.num_dropped.total() - known <= 256
+        known = server.num_dropped.total()
+
+
+def test_without_descriptors_a_server_is_refused_in_one_line_and_a_client_is_lost() -> None:
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context) as executor:
+        executor.submit(run_out_of_descriptors).result(timeout=60)
+
+
+def run_out_of_descriptors() -> None:
+    context = ControlContext(ConnectorConfig())
+    server = context.server("127.0.0.1", 0)
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, before[1]))
+    with pytest.raises(PeerLostError, match="Too many open files"):
+        context.client("127.0.0.1", server.port)
+    with pytest.raises(ConfigError, match="Too many open files"):
+        context.server("127.0.0.1", 0)
+    resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    client = context.client("127.0.0.1", server.port)
+    client.send(Describe())
+    assert wait_message(server) == Describe()
+    client.close()
+    server.close()
+    context.close()
 
 
 def test_port_in_use_is_named(context: ControlContext, server: ControlServer) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import TypeVar
 
@@ -13,6 +16,7 @@ from tests.unit.protocol.test_messages import FINGERPRINT
 from vllm_pd.config import ConnectorConfig
 from vllm_pd.errors import ConfigError
 from vllm_pd.protocol.messages import (
+    MAX_RENEWED,
     AnyMessage,
     Describe,
     Drain,
@@ -25,6 +29,7 @@ from vllm_pd.protocol.messages import (
     Renew,
     Stats,
     WorkerAddress,
+    encode,
 )
 from vllm_pd.session.channel import ControlClient, ControlContext
 from vllm_pd.session.instance import InstanceEndpoint, send_release
@@ -33,6 +38,16 @@ from vllm_pd.session.outbox import RemoteLease
 T = TypeVar("T")
 
 SHORT_LEASE_S = 0.15  # renewed every 50 ms
+FLOOD = """
+import sys, zmq
+sock = zmq.Context.instance().socket(zmq.DEALER)
+sock.connect(f"tcp://127.0.0.1:{sys.argv[1]}")
+frame = bytes.fromhex(sys.argv[2])
+for count in range(10**9):
+    sock.send(frame)
+    if count == 5000:
+        print(flush=True)
+"""
 WORKER = WorkerAddress(tp_rank=0, host="127.0.0.1", port=1234)
 
 
@@ -222,7 +237,7 @@ def test_1000_releases_arrive_over_one_connection(
     received: dict[AnyMessage, bytes] = {}
     while len(received) < 1000:
         assert server.socket.poll(10_000)
-        while message := server.receive():
+        for message in server.receive_some():
             received[message[1]] = message[0]
     assert len(set(received.values())) == 1
     server.close()
@@ -260,7 +275,7 @@ def test_leases_of_one_instance_come_in_one_renewal(
         address = "127.0.0.1", server.port
         consumer.start_renewing(f"r{i}", RemoteLease(*address, f"t{i}", 1.5))  # after 0.5 s
     assert server.socket.poll(10_000)
-    received = server.receive()
+    received = next(server.receive_some(), None)
     assert received is not None
     assert received[1] == Renew(transfer_ids=("t0", "t1", "t2"))
     server.close()
@@ -320,6 +335,37 @@ def test_foreign_frames_do_not_end_the_service(client: ControlClient) -> None:
     for payload in (b"", b"\xc1", msgspec.msgpack.encode({"type": "renew"}), b"x" * 1000):
         client.socket.send(payload)
     assert isinstance(ask(client, Describe()), InstanceInfo)
+
+
+def test_what_was_dropped_is_told_once(client: ControlClient, endpoint: InstanceEndpoint) -> None:
+    assert not endpoint.take_num_dropped()
+    client.send(Goodbye())
+    client.socket.send(b"\xc1")
+    client.socket.send(b"\xc1")
+    dropped: Counter[str] = Counter()
+    while dropped.total() < 3:
+        dropped += wait_for(endpoint.take_num_dropped)
+    assert dropped == {"unexpected": 1, "malformed": 2}
+    client.socket.send(b"\xc1")
+    assert wait_for(endpoint.take_num_dropped) == {"malformed": 1}
+
+
+def test_peer_that_floods_does_not_stop_what_this_instance_sends(
+    endpoint: InstanceEndpoint, consumer: InstanceEndpoint
+) -> None:
+    slow = encode(Renew(transfer_ids=tuple(f"t{i}" for i in range(MAX_RENEWED))))
+    command = [sys.executable, "-c", FLOOD, str(consumer.port), slow.hex()]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as flood:
+        try:
+            assert flood.stdout is not None
+            flood.stdout.readline()  # the flood has come
+            began = time.monotonic()
+            for i in range(5):  # between two turns, which take some milliseconds each
+                consumer.send_release(endpoint.host, endpoint.port, f"t{i}")
+                assert wait_for(endpoint.take_releases) == [f"t{i}"]
+            assert time.monotonic() - began < 5.0
+        finally:
+            flood.kill()
 
 
 def test_port_in_use_is_refused_at_the_start(endpoint: InstanceEndpoint) -> None:

@@ -40,7 +40,7 @@ def test_a_seed_is_chosen_where_none_is_given() -> None:
 @pytest.mark.parametrize(
     ("text", "part", "reason"),
     [
-        ("corupt=0.1", "corupt=0.1", "no such fault"),
+        ("corrupts=0.1", "corrupts=0.1", "no such fault"),
         ("drop=0.1,,cut=1", "''", "no such fault"),
         ("drop", "'drop'", "not a probability"),
         ("drop=1.5", "drop=1.5", "not a probability"),

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -136,18 +137,19 @@ def test_every_transfer_ends_once_though_its_digests_are_being_computed(
     introduce(producer, consumer)
     ended: dict[str, list[int]] = {producer.name: [], consumer.name: []}
 
-    def note(*workers: Worker) -> None:
-        for worker in workers:
-            ended[worker.name] += [outcome.transfer_id for outcome in worker.transport.poll()]
+    def is_over(worker: Worker) -> bool:
+        ended[worker.name] += [outcome.transfer_id for outcome in worker.transport.poll()]
+        return len(ended[worker.name]) >= 20
 
     for transfer_id in range(20):
         producer.transport.send_blocks(SESSION, transfer_id, [0, 1], digests=Digests.ALWAYS)
         consumer.transport.recv_blocks(SESSION, transfer_id, [2, 3])
-        note(producer, consumer)
+        is_over(producer)
+        is_over(consumer)
     for worker in (producer, consumer):
         worker.transport.remove_peer(SESSION)
-        drive(until=lambda worker=worker: note(worker) or len(ended[worker.name]) >= 20)  # type: ignore[misc]
-        note(worker)
+        drive(until=partial(is_over, worker))
+        is_over(worker)
     assert ended == {producer.name: list(range(20)), consumer.name: list(range(20))}
 
 
