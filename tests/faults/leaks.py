@@ -7,74 +7,51 @@ import os
 import re
 import time
 from collections import Counter
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
 from pathlib import Path
 
 _WAIT_S = 10.0
 
 
-@dataclass(frozen=True)
-class Holdings:
-    """Descriptors by kind, names of threads, mappings of our memfds, files, children."""
-
-    descriptors: tuple[tuple[str, int], ...]
-    threads: tuple[str, ...]
-    num_mapped: int
-    shared_files: tuple[str, ...]
-    children: tuple[str, ...]
-
-    def with_thread(self, name: str) -> Holdings:
-        return replace(self, threads=tuple(sorted((*self.threads, name))))
-
-    @classmethod
-    def now(cls) -> Holdings:
-        return cls(
-            tuple(sorted(_descriptors().items())),
-            tuple(sorted(_threads())),
-            Path("/proc/self/maps").read_text().count("memfd:vllm-pd"),
+def holdings() -> Counter[str]:
+    """Count descriptors by kind, threads, mapped memfds, shared files and children."""
+    gc.collect()
+    return Counter(
+        f"{kind} {name}"
+        for kind, names in (
+            ("descriptor", _descriptors()),
+            # Not by name: a thread has its maker's until it names itself.
+            ("thread", ("" for _ in Path("/proc/self/task").iterdir())),
+            ("mapping", re.findall("memfd:vllm-pd.*", Path("/proc/self/maps").read_text())),
             # Other processes have theirs there, too.
-            tuple(sorted(p.name for p in Path("/dev/shm").iterdir() if "vllm-pd" in p.name)),
-            tuple(sorted(_children())),
+            ("file", (p.name for p in Path("/dev/shm").iterdir() if "vllm-pd" in p.name)),
+            ("child", _children()),
         )
+        for name in names
+    )
 
 
-def check_nothing_is_left(before: Holdings, *, may_keep: str | None = None) -> None:
-    """Wait until this process holds what it held before; some of it ends a moment later.
+def check_nothing_is_left(before: Counter[str], *, allowed: tuple[str, ...] = ()) -> None:
+    """Wait until this process holds no more than before; some of it ends a moment later.
 
     Args:
         before: what it held.
-        may_keep: name of a thread that it may have one more of.
+        allowed: what there may be in addition.
     """
     deadline = time.monotonic() + _WAIT_S
-    while True:
-        gc.collect()
-        now = Holdings.now()
-        if now == before or (may_keep and now == before.with_thread(may_keep)):
-            return
-        assert time.monotonic() < deadline, f"{now}\ninstead of\n{before}"
+    while more := holdings() - before - Counter(allowed):
+        assert time.monotonic() < deadline, more
         time.sleep(0.01)
 
 
-def _descriptors() -> Counter[str]:
-    kinds: Counter[str] = Counter()
+def _descriptors() -> Iterator[str]:
     for entry in Path("/proc/self/fd").iterdir():
         try:
-            kinds[re.sub(r"\d+", "N", str(entry.readlink()))] += 1
+            yield re.sub(r"\d+", "N", str(entry.readlink()))
         except OSError:  # the one by which the folder is read
             continue
-    return kinds
 
 
-def _threads() -> list[str]:
-    names = []
-    for task in Path("/proc/self/task").iterdir():
-        try:
-            names.append((task / "comm").read_text().strip())
-        except OSError:
-            continue
-    return names
-
-
-def _children() -> list[str]:
-    paths = Path(f"/proc/{os.getpid()}/task").glob("*/children")
-    return [child for path in paths for child in path.read_text().split()]
+def _children() -> Iterator[str]:
+    for path in Path(f"/proc/{os.getpid()}/task").glob("*/children"):
+        yield from path.read_text().split()

@@ -12,13 +12,23 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
 import msgspec
 
-from tests.faults.engine import NUM_BLOCKS, NUM_REGIONS, WAIT_S, Address, Engine, content, make_engine
+from tests.faults.engine import (
+    NUM_BLOCKS,
+    NUM_REGIONS,
+    WAIT_S,
+    Address,
+    Engine,
+    content,
+    make_engine,
+)
 from tests.faults.stages import watch
 from vllm_pd.config import ConnectorConfig
 
@@ -79,12 +89,12 @@ class EngineProcess:
 
     def __post_init__(self) -> None:
         self.pidfd = os.pidfd_open(self.pid)
-        self.address = self._receive().address
+        self.address = self.receive().address
 
     def ask(self, **command: Any) -> Answer:
         """Give a command and return the answer."""
         self.tell(**command)
-        return self._receive()
+        return self.receive()
 
     def tell(self, **command: Any) -> None:
         """Give a command to a process that may not live to answer."""
@@ -99,10 +109,25 @@ class EngineProcess:
         poller.register(self.pidfd, select.POLLIN)
         assert poller.poll(WAIT_S * 1000), f"{self.setup} did not get to its stage"
 
-    @property
-    def is_stopped(self) -> bool:
-        stat = Path(f"/proc/{self.pid}/stat").read_text()
-        return stat.rpartition(")")[2].split()[0] == "T"
+    def wait_stopped(self) -> None:
+        """Wait until the process stands still."""
+        deadline = time.monotonic() + WAIT_S
+        stat = Path(f"/proc/{self.pid}/stat")
+        while stat.read_text().rpartition(")")[2].split()[0] != "T":
+            assert time.monotonic() < deadline, f"{self.setup} did not get to its stage"
+            time.sleep(0.002)
+
+    def stop(self) -> None:
+        """Let the process stand still."""
+        self.signal(signal.SIGSTOP)
+        self.wait_stopped()
+
+    def wait_kill(self) -> None:
+        """Wait until another thread has called ``kill``."""
+        deadline = time.monotonic() + WAIT_S
+        while self.pidfd >= 0:
+            assert time.monotonic() < deadline, f"{self.setup} did not get to its stage"
+            time.sleep(0.002)
 
     def kill(self) -> None:
         """End the process and close what belongs to it; idempotent."""
@@ -116,7 +141,8 @@ class EngineProcess:
             self.pidfd = -1
             self.sock.close()
 
-    def _receive(self) -> Answer:
+    def receive(self) -> Answer:
+        """Return the answer to the oldest command that was told."""
         self.sock.settimeout(WAIT_S)
         return msgspec.json.decode(self.sock.recv(_MAX_LEN), type=Answer)
 
@@ -174,7 +200,8 @@ def _run(setup: Setup, sock: socket.socket) -> None:
     """Be an engine until the socket is closed; does not return."""
     engine = make_engine(setup.kind, setup.role, setup.config)
     if setup.stage is not None:
-        watch(setattr, setup.role, setup.stage, setup.kind, lambda: _signal_self(setup.signal))
+        once = [setup.signal]
+        watch(setattr, setup.role, setup.stage, setup.kind, lambda: _signal_self(once))
     sock.send(msgspec.json.encode(Answer(address=engine.address)))
     while data := sock.recv(_MAX_LEN):
         answer = _obey(engine, msgspec.json.decode(data, type=Command))
@@ -182,8 +209,13 @@ def _run(setup: Setup, sock: socket.socket) -> None:
     os._exit(0)
 
 
-def _signal_self(number: int) -> None:
-    os.kill(os.getpid(), number)
+def _signal_self(numbers: list[int]) -> None:
+    """Send this process the next signal, if there is one left.
+
+    It is sent to this thread, which takes it before it does anything else.
+    """
+    if numbers:
+        signal.pthread_kill(threading.get_ident(), numbers.pop())
 
 
 def _obey(engine: Engine, command: Command) -> Answer:

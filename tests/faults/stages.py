@@ -7,7 +7,6 @@ the surviving one where only that one takes part.
 from __future__ import annotations
 
 import functools
-import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -58,7 +57,7 @@ def watch(patch: Patch, role: str, stage: str, kind: str, act: Act) -> None:
         kind: of transport: ``shm``, ``readv`` or ``tcp``.
         act: what to do; it may not come back.
     """
-    _WATCHERS[role](patch, stage, kind, act)
+    _WATCHERS[role, stage](patch, kind, act)
 
 
 def watch_parked(patch: Patch, act: Act) -> None:
@@ -75,80 +74,63 @@ def watch_copy(patch: Patch, kind: str, act: Act) -> None:
     """Call ``act`` when a consumer in this process has copied some of the bytes."""
     if kind == "tcp":
         _wrap(patch, DirectPayload, "landed", after=lambda *_: act())
-    elif kind == "shm":
-        calls = itertools.count()
-        _wrap(patch, memory, "copy", before=lambda *_: act() if next(calls) == 3 else None)
-    else:
-        original = memory.read_process
-        once = iter([act])
+        return
+    name = "copy_all" if kind == "shm" else "read_process"
+    original = getattr(memory, name)
+    once = iter([act])
 
-        def read_in_two(pid: int, moves: list[tuple[int, int, int]]) -> None:
-            half = len(moves) // 2
-            original(pid, moves[:half])
-            if half:  # the probe of a handshake reads one byte
-                for do in once:
-                    do()
-            original(pid, moves[half:])
+    def copy_in_two(*args: Any) -> None:
+        *process, moves = args
+        half = len(moves) // 2
+        original(*process, moves[:half])
+        if half:  # the probe of a handshake reads one byte
+            for do in once:
+                do()
+        original(*process, moves[half:])
 
-        patch(memory, "read_process", read_in_two)
-
-
-def _watch_producer(patch: Patch, stage: str, kind: str, act: Act) -> None:
-    match stage:
-        case "describe":
-            _on_message(patch, ControlServer, InstanceInfo, before=act)
-        case "described":
-            _on_message(patch, ControlServer, InstanceInfo, after=act)
-        case "hello":
-            _on_message(patch, ControlServer, Hello, before=act)
-        case "greeted":
-            _on_message(patch, ControlServer, Hello, after=act)
-        case "parked":
-            watch_parked(patch, act)
-        case "ready":
-            _on_message(patch, ControlServer, FetchReady, after=act)
-        case "copying":
-            assert kind == "tcp", "a producer has no part in a one-sided copy"
-            _wrap(
-                patch,
-                DirectPayload,
-                "take",
-                before=lambda _self, _posted, index, _chunk: act() if index == 1 else None,
-            )
-        case "copied" if kind == "tcp":
-            _watch_last_chunk(patch, act)
-        case "copied":
-            _on_frame(patch, "confirmed", before=act)
-        case "told":
-            _on_frame(patch, "confirmed", after=act)
-        case "confirmed":
-            _on_outcome(patch, act)
+    patch(memory, name, copy_in_two)
 
 
-def _watch_consumer(patch: Patch, stage: str, kind: str, act: Act) -> None:
-    last_word = "received" if kind == "tcp" else "copied"
-    match stage:
-        case "describe":
-            _on_message(patch, ControlClient, Describe, after=act)
-        case "described":
-            _on_arrival(patch, InstanceInfo, act)
-        case "hello":
-            _on_message(patch, ControlClient, Hello, after=act)
-        case "greeted":
-            _on_arrival(patch, Hello, act)
-        case "ready":
-            _on_arrival(patch, FetchReady, act)
-        case "copying":
-            watch_copy(patch, kind, act)
-        case "copied":
-            _on_frame(patch, last_word, before=act)
-        case "told":
-            _on_frame(patch, last_word, after=act)
-        case "confirmed":
-            _on_outcome(patch, act)
+def _watch_one_copy(patch: Patch, act: Act) -> None:
+    """Watch a tcp producer between two chunks; in a one-sided copy it has no part."""
+    _wrap(
+        patch,
+        DirectPayload,
+        "take",
+        before=lambda _self, _posted, index, _chunk: act() if index == 1 else None,
+    )
 
 
-_WATCHERS = {"producer": _watch_producer, "consumer": _watch_consumer}
+_WATCHERS: dict[tuple[str, str], Callable[[Patch, str, Act], None]] = {
+    ("producer", "describe"): lambda p, _, act: _on_message(p, ControlServer, InstanceInfo, act),
+    ("producer", "described"): lambda p, _, act: _on_message(
+        p, ControlServer, InstanceInfo, after=act
+    ),
+    ("producer", "hello"): lambda p, _, act: _on_message(p, ControlServer, Hello, act),
+    ("producer", "greeted"): lambda p, _, act: _on_message(p, ControlServer, Hello, after=act),
+    ("producer", "parked"): lambda p, _, act: watch_parked(p, act),
+    ("producer", "ready"): lambda p, _, act: _on_message(p, ControlServer, FetchReady, after=act),
+    ("producer", "copying"): lambda p, _, act: _watch_one_copy(p, act),
+    ("producer", "copied"): lambda p, kind, act: (
+        _watch_last_chunk(p, act) if kind == "tcp" else _on_frame(p, "confirmed", act)
+    ),
+    ("producer", "told"): lambda p, _, act: _on_frame(p, "confirmed", after=act),
+    ("producer", "confirmed"): lambda p, _, act: _on_outcome(p, act),
+    ("consumer", "describe"): lambda p, _, act: _on_message(p, ControlClient, Describe, after=act),
+    ("consumer", "described"): lambda p, _, act: _on_arrival(p, InstanceInfo, act),
+    ("consumer", "hello"): lambda p, _, act: _on_message(p, ControlClient, Hello, after=act),
+    ("consumer", "greeted"): lambda p, _, act: _on_arrival(p, Hello, act),
+    ("consumer", "ready"): lambda p, _, act: _on_arrival(p, FetchReady, act),
+    ("consumer", "copying"): lambda p, kind, act: watch_copy(p, kind, act),
+    ("consumer", "copied"): lambda p, kind, act: _on_frame(p, _last_word(kind), act),
+    ("consumer", "told"): lambda p, kind, act: _on_frame(p, _last_word(kind), after=act),
+    ("consumer", "confirmed"): lambda p, _, act: _on_outcome(p, act),
+}
+
+
+def _last_word(kind: str) -> str:
+    """Return the type of the frame by which a consumer tells that it has the last byte."""
+    return "received" if kind == "tcp" else "copied"
 
 
 def _wrap(
@@ -174,7 +156,7 @@ def _wrap(
 
 
 def _on_message(
-    patch: Patch, owner: Any, kind: type, *, before: Act | None = None, after: Act | None = None
+    patch: Patch, owner: Any, kind: type, before: Act | None = None, *, after: Act | None = None
 ) -> None:
     """Watch a control message being sent."""
     _wrap(
@@ -197,7 +179,7 @@ def _on_arrival(patch: Patch, kind: type, act: Act) -> None:
 
 
 def _on_frame(
-    patch: Patch, kind: str, *, before: Act | None = None, after: Act | None = None
+    patch: Patch, kind: str, before: Act | None = None, *, after: Act | None = None
 ) -> None:
     """Watch a frame being sent on a data link."""
 
@@ -223,7 +205,7 @@ def _on_outcome(patch: Patch, act: Act) -> None:
 
 def _watch_last_chunk(patch: Patch, act: Act) -> None:
     """Watch the last byte of a transfer leave a tcp producer."""
-    taken = set()
+    taken: set[int] = set()
 
     def after_flush(_result: Any, link: Link) -> None:
         if taken == {0, 1, 2} and not link.waits_to_write:

@@ -6,112 +6,30 @@ The survivor runs here, the victim in a process of its own. See ``stages``.
 from __future__ import annotations
 
 import signal
-import time
-from collections.abc import Callable, Iterator
 
 import pytest
 
-from tests.faults.engine import FROM, KINDS, Engine, make_engine
-from tests.faults.leaks import Holdings, check_nothing_is_left
-from tests.faults.nursery import EngineProcess, Nursery, Setup
+from tests.faults.engine import FROM, KINDS
+from tests.faults.scene import Scene
 from tests.faults.stages import STAGES, watch_copy, watch_parked
 from vllm_pd.config import ConnectorConfig
-from vllm_pd.errors import PeerLostError, TransferTimeoutError
-from vllm_pd.session.stats import Outcome, SessionStats
+from vllm_pd.errors import IncompatiblePeerError, PeerLostError, TransferTimeoutError
+from vllm_pd.session.stats import Outcome
 
 pytestmark = pytest.mark.slow
 
-PATIENT = ConnectorConfig(lease_s=60.0, handshake_timeout_s=15.0, transfer_timeout_s=15.0)
-SURVIVOR = ConnectorConfig(lease_s=1.0, handshake_timeout_s=15.0, transfer_timeout_s=3.0)
-HASTY = ConnectorConfig(lease_s=1.0, handshake_timeout_s=1.0, transfer_timeout_s=1.0)
-
-Start = Callable[..., EngineProcess]
-Make = Callable[[str, str, ConnectorConfig], Engine]
-
-
-@pytest.fixture
-def before(nursery: Nursery) -> Holdings:
-    """What this process holds before a test."""
-    return Holdings.now()
-
-
-@pytest.fixture
-def start(before: Holdings, nursery: Nursery) -> Iterator[Start]:
-    """Starts engine processes that end with the test."""
-    started: list[EngineProcess] = []
-
-    def start(**setup: object) -> EngineProcess:
-        process = nursery.start(Setup(**setup))  # type: ignore[arg-type]
-        started.append(process)
-        return process
-
-    yield start
-    for process in started:
-        process.kill()
-
-
-@pytest.fixture
-def make(before: Holdings) -> Iterator[Make]:
-    """Starts engines in this process, and checks that they leave nothing behind."""
-    engines: list[Engine] = []
-
-    def make(kind: str, owner: str, config: ConnectorConfig) -> Engine:
-        engines.append(make_engine(kind, owner, config))
-        return engines[-1]
-
-    yield make
-    while engines:
-        engines.pop().close()
-
-
-def stats_of(engine: Engine) -> SessionStats:
-    stats = engine.manager.take_stats()
-    assert stats is not None
-    return stats
-
-
-def serve_a_new_peer(engine: Engine, start: Start, kind: str) -> None:
-    """Fetch from, or serve, a peer that was not there before."""
-    if engine.owner == "consumer":
-        peer = start(kind=kind, role="producer", config=PATIENT)
-        peer.ask(grant="new")
-        engine.fetch(peer.address, "new")
-        assert engine.wait_fetched().error is None
-        assert engine.wrong_blocks("producer") == []
-    else:
-        peer = start(kind=kind, role="consumer", config=PATIENT)
-        engine.grant("new")
-        answer = peer.ask(fetch="new", producer=engine.address, wait=True)
-        assert (answer.error, answer.is_right) == (None, True)
-        assert engine.wait(lambda r: bool(r.freed)).freed == ["prefill-new"]
-    peer.kill()
-
-
-def check_survival(engine: Engine, start: Start, kind: str, alone: Holdings) -> None:
-    """The survivor serves, holds nothing of its dead peers, and reports nothing twice."""
-    serve_a_new_peer(engine, start, kind)
-    check_nothing_is_left(alone, may_keep="vllm-pd-copy")
-    results = engine.manager.take_results()
-    assert (results.freed, results.fetched) == ([], [])
-    engine.close()
+SURVIVOR = ConnectorConfig(lease_s=0.6, handshake_timeout_s=15.0, transfer_timeout_s=2.0)
+HASTY = ConnectorConfig(lease_s=0.6, handshake_timeout_s=1.2, transfer_timeout_s=1.2)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("stage", STAGES)
-def test_consumer_survives_its_producer(
-    stage: str,
-    kind: str,
-    make: Make,
-    start: Start,
-    before: Holdings,
-    monkeypatch: pytest.MonkeyPatch,
+def test_consumer_survives_the_death_of_its_producer(
+    stage: str, kind: str, scene: Scene, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    consumer = make(kind, "consumer", SURVIVOR)
-    alone = Holdings.now()
+    consumer = scene.survivor("consumer", SURVIVOR)
     one_sided = stage == "copying" and kind != "tcp"  # noticed here, where it is copied
-    producer = start(
-        kind=kind, role="producer", config=PATIENT, stage=None if one_sided else stage
-    )
+    producer = scene.peer("producer", stage=None if one_sided else stage)
     if stage != "parked":
         producer.ask(grant="t1")
     if one_sided:
@@ -123,45 +41,92 @@ def test_consumer_survives_its_producer(
     monkeypatch.undo()
 
     # The last byte, or the last word, may have been under way already.
-    if result.error is None:
-        assert stage in ("told", "confirmed") or (stage, kind) == ("copied", "tcp")
-    else:
-        assert isinstance(result.error, PeerLostError)
+    may_be_here = stage in ("told", "confirmed") or (stage, kind) == ("copied", "tcp")
+    # Who is killed while the consumer looks how to reach it seems to be out of reach.
+    lost = (PeerLostError, IncompatiblePeerError) if stage == "greeted" else PeerLostError
+    assert (result.error is None and may_be_here) or isinstance(result.error, lost)
     assert consumer.wrong_blocks("producer" if result.error is None else None) == []
-    assert [record.outcome for record in stats_of(consumer).fetches] == [result.record.outcome]
-    check_survival(consumer, start, kind, alone)
+    assert [fetch.outcome for fetch in scene.stats().fetches] == [result.record.outcome]
+    scene.check_survival()
+    scene.check_that_it_holds_nothing_of_its_peers()
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("stage", STAGES)
-def test_producer_survives_its_consumer(
-    stage: str,
-    kind: str,
-    make: Make,
-    start: Start,
-    monkeypatch: pytest.MonkeyPatch,
+def test_producer_survives_the_death_of_its_consumer(
+    stage: str, scene: Scene, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    producer = make(kind, "producer", SURVIVOR)
-    alone = Holdings.now()
-    consumer = start(
-        kind=kind, role="consumer", config=PATIENT, stage=None if stage == "parked" else stage
-    )
-    if stage == "parked":
+    producer = scene.survivor("producer", SURVIVOR)
+    is_parked = stage == "parked"  # noticed here, where it is
+    consumer = scene.peer("consumer", stage=None if is_parked else stage)
+    if is_parked:
         watch_parked(monkeypatch.setattr, consumer.kill)
-    else:
-        producer.grant("t1")
 
     consumer.tell(fetch="t1", producer=producer.address)
-    consumer.wait_gone()
-    consumer.kill()
-    monkeypatch.undo()
-    if stage == "parked":
+    if is_parked:
+        consumer.wait_kill()
+        monkeypatch.undo()
         producer.grant("t1")
+    else:
+        producer.grant("t1")
+        consumer.wait_gone()
 
     assert producer.wait(lambda results: bool(results.freed)).freed == ["prefill-t1"]
-    stats = stats_of(producer)
+    stats = scene.stats()
     assert (stats.num_leases_granted, stats.num_leases, stats.num_blocks_held) == (1, 0, 0)
     (reason,) = stats.num_leases_ended
-    assert reason == "fetched" or stage not in ("confirmed",)
-    assert reason == "expired" or stage in ("told", "confirmed")
-    check_survival(producer, start, kind, alone)
+    # The consumer's last word may or may not have left its process.
+    wanted = {"told": ("fetched", "expired"), "confirmed": ("fetched",)}
+    assert reason in wanted.get(stage, ("expired",))
+    scene.check_survival()
+    scene.check_that_it_holds_nothing_of_its_peers()
+
+
+@pytest.mark.parametrize("kind", ["shm", "tcp"])
+@pytest.mark.parametrize("stage", ["describe", "hello", "ready", "copying", "copied"])
+def test_consumer_gives_up_a_producer_that_stands_still(
+    stage: str, kind: str, scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    consumer = scene.survivor("consumer", HASTY)
+    one_sided = stage == "copying" and kind != "tcp"
+    producer = scene.peer(
+        "producer", stage=None if one_sided else stage, signal=int(signal.SIGSTOP)
+    )
+    producer.ask(grant="t1")
+    if one_sided:
+        watch_copy(monkeypatch.setattr, kind, producer.stop)
+
+    consumer.fetch(producer.address, "t1")
+    result = consumer.wait_fetched()
+    monkeypatch.undo()
+
+    # All bytes may be here already, if their sender need not be asked again.
+    assert isinstance(result.error, TransferTimeoutError) or (stage, kind) == ("copied", "tcp")
+    assert result.record.outcome is (Outcome.TIMEOUT if result.error else Outcome.OK)
+    assert consumer.wrong_blocks("producer" if result.error is None else None) == []
+    scene.check_survival()
+    scene.check_that_it_holds_nothing_of_its_peers()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("stage", ["greeted", "ready", "copying", "copied"])
+def test_consumer_that_stood_still_never_takes_blocks_that_were_freed(
+    stage: str, kind: str, scene: Scene
+) -> None:
+    producer = scene.survivor("producer", HASTY)
+    consumer = scene.peer("consumer", stage=stage, signal=int(signal.SIGSTOP))
+    consumer.tell(fetch="t1", producer=producer.address)
+    producer.grant("t1")
+    consumer.wait_stopped()
+    assert producer.wait(lambda results: bool(results.freed)).freed == ["prefill-t1"]
+    scene.check_survival()
+
+    producer.overwrite(FROM)
+    consumer.signal(signal.SIGCONT)
+    consumer.receive()
+    answer = consumer.ask(wait=True)
+
+    # Over tcp all bytes may have been sent in time; elsewhere nobody confirms the copy.
+    assert answer.error is not None or kind == "tcp"
+    assert answer.is_right
+    scene.check_that_it_holds_nothing_of_its_peers()

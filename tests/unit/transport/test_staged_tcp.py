@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import pytest
 
@@ -100,6 +101,30 @@ def test_consumers_that_leave_in_the_middle_cost_the_producer_no_buffer(make: Ma
         consumer.transport.remove_peer(SESSION)
     introduce(producer, consumer, "another")
     fetch(producer, consumer, "another")
+
+
+def test_consumers_that_leave_while_the_device_copies_cost_the_producer_no_buffer(
+    make: Make, device: Device
+) -> None:
+    producer, consumer = make("p0"), make("decode")
+    for number in range(3):
+        introduce(producer, consumer)
+        producer.transport.send_blocks(SESSION, number, BLOCKS)
+        num_recorded = device.num_recorded
+        device.hold()
+        with connect_as_consumer(producer):
+            drive(producer, until=partial(has_recorded, device, num_recorded + 2))
+        producer.transport.remove_peer(SESSION)
+        assert producer.transport.poll() == []
+        device.resume()
+        assert isinstance(poll_until_outcome(producer).error, PeerLostError)
+        consumer.transport.remove_peer(SESSION)
+    introduce(producer, consumer, "another")
+    fetch(producer, consumer, "another")
+
+
+def has_recorded(device: Device, count: int) -> bool:
+    return device.num_recorded >= count
 
 
 @pytest.mark.parametrize("num_streams", [1, 2])
