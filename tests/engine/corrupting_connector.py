@@ -6,9 +6,12 @@ Loaded by ``kv_connector_module_path``, like any third-party connector.
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
+from typing import Any
 
 from vllm_pd.connector.connector import PDConnector
-from vllm_pd.transport import memory
+from vllm_pd.transport.chunks import Move
+from vllm_pd.transport.sources import MappedSource
 
 NUM_FLIPPED = 512  # bytes, in the middle of one block
 
@@ -17,13 +20,16 @@ class CorruptingConnector(PDConnector):
     """PDConnector, but part of the first block of every copied run arrives damaged."""
 
 
-def _copy_and_flip(dst: int, src: int, num_bytes: int) -> None:
-    ctypes.memmove(dst, src, num_bytes)
-    # The first run of a fetch that starts with a prompt's first block; its first
-    # tokens' keys and values lie at the start of the block.
-    for offset in range(1, min(NUM_FLIPPED, num_bytes), 2):
-        byte = ctypes.c_ubyte.from_address(dst + offset)
-        byte.value ^= 0x41  # whatever the dtype, exponents among them
+_read = MappedSource.read
 
 
-memory.copy = _copy_and_flip
+def _read_and_flip(self: MappedSource, moves: Sequence[Move], *args: Any) -> None:
+    _read(self, moves, *args)
+    for dst, _, num_bytes in moves:
+        # Tokens' keys and values lie at the start of a block, the first ones' before others'.
+        for offset in range(1, min(NUM_FLIPPED, num_bytes), 2):
+            byte = ctypes.c_ubyte.from_address(dst + offset)
+            byte.value ^= 0x41  # whatever the dtype, exponents among them
+
+
+setattr(MappedSource, "read", _read_and_flip)  # noqa: B010 - mypy takes it for no method

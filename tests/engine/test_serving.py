@@ -217,10 +217,11 @@ class TestByHand:
             (case, answer) for case, answer in reference.equality if answer.num_prompt_tokens == 512
         )
         plugin = {"kv_connector": "PDConnector", "kv_role": "kv_both"}
-        corrupting = {
+        corrupting: dict[str, Any] = {
             "kv_connector": "CorruptingConnector",
             "kv_connector_module_path": "tests.engine.corrupting_connector",
             "kv_role": "kv_both",
+            "kv_connector_extra_config": {"digests": "off"},  # they would find it
         }
         with contextlib.ExitStack() as stack:
             prefill = stack.enter_context(served(tmp_path, model, name="prefill", core=0, **plugin))

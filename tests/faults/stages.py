@@ -7,7 +7,7 @@ the surviving one where only that one takes part.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import msgspec
@@ -21,12 +21,13 @@ from vllm_pd.protocol.messages import (
 )
 from vllm_pd.session.channel import ControlClient, ControlServer
 from vllm_pd.session.producer import Producer
-from vllm_pd.transport import memory
 from vllm_pd.transport.base import Transport
+from vllm_pd.transport.chunks import Move
 from vllm_pd.transport.link import Link
 from vllm_pd.transport.links import LinkPool
 from vllm_pd.transport.payload import DirectPayload
 from vllm_pd.transport.shm import ShmTransport
+from vllm_pd.transport.sources import MappedSource, ProcessSource, Source
 from vllm_pd.transport.tcp import TcpTransport
 
 Act = Callable[[], None]
@@ -75,20 +76,18 @@ def watch_copy(patch: Patch, kind: str, act: Act) -> None:
     if kind == "tcp":
         _wrap(patch, DirectPayload, "landed", after=lambda *_: act())
         return
-    name = "copy_all" if kind == "shm" else "read_process"
-    original = getattr(memory, name)
+    source: type[Source] = MappedSource if kind == "shm" else ProcessSource
+    original = source.read
     once = iter([act])
 
-    def copy_in_two(*args: Any) -> None:
-        *process, moves = args
+    def read_in_two(self: Source, moves: Sequence[Move], *args: Any) -> None:
         half = len(moves) // 2
-        original(*process, moves[:half])
-        if half:  # the probe of a handshake reads one byte
-            for do in once:
-                do()
-        original(*process, moves[half:])
+        original(self, moves[:half], *args)
+        for do in once:
+            do()
+        original(self, moves[half:], *args)
 
-    patch(memory, name, copy_in_two)
+    patch(source, "read", read_in_two)
 
 
 def _watch_one_copy(patch: Patch, act: Act) -> None:

@@ -30,6 +30,7 @@ from vllm_pd.transport.base import Transport, TransportOptions
 from vllm_pd.transport.payload import DirectPayload
 from vllm_pd.transport.registry import open_transports
 from vllm_pd.transport.shm import ShmTransport
+from vllm_pd.transport.sources import MappedSource
 from vllm_pd.transport.tcp import TcpTransport
 
 REPO = Path(__file__).resolve().parents[3]
@@ -102,13 +103,13 @@ def stall(kind: type[Transport], monkeypatch: pytest.MonkeyPatch) -> Iterator[St
     """Every transfer stops where it has moved nothing yet, until ``over`` is set."""
     stall = Stall()
     if kind is ShmTransport:
-        copy_all = memory.copy_all
+        read = MappedSource.read
 
-        def copy_later(moves: Any) -> None:
+        def read_later(*args: Any) -> None:
             stall.wait()
-            copy_all(moves)
+            read(*args)
 
-        monkeypatch.setattr(memory, "copy_all", copy_later)
+        monkeypatch.setattr(MappedSource, "read", read_later)
     else:
         land = DirectPayload.land
 

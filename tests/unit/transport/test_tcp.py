@@ -16,6 +16,7 @@ from tests.transport_conformance import (
     introduce,
     make_worker,
     noise,
+    of_many_chunks,
     outcomes_of,
 )
 from tests.unit.transport.liars import (
@@ -269,3 +270,17 @@ def is_readable(sock: socket.socket) -> bool:
 
 def is_closed(sock: socket.socket) -> bool:
     return is_readable(sock) and sock.recv(1) == b""
+
+
+def test_receipt_of_what_was_not_sent_yet_loses_the_peer(consumer: Worker) -> None:
+    """Else the blocks would be given to another request while they are still being sent."""
+    producer = make_worker("p0", make_transport(), shapes=of_many_chunks(), num_blocks=4)
+    introduce(producer, consumer)
+    producer.transport.send_blocks(SESSION, 1, [0, 1, 2, 3])
+    with connect_as_consumer(producer) as sock:
+        assert receive_frame(sock, producer)["type"] == "data"
+        sock.sendall(framed({"type": "received", "transfer_id": 1}))
+        outcome = poll_until_outcome(producer)
+    assert isinstance(outcome.error, PeerLostError)
+    assert "receipt of transfer 1" in str(outcome.error)
+    producer.transport.close()
