@@ -289,12 +289,21 @@ def start_endless_run() -> tuple[subprocess.Popen[str], list[int]]:
     return program, [os.pidfd_open(int(pid)) for pid in pids]
 
 
+def end(program: subprocess.Popen[str]) -> str:
+    """Wait for a program's end, and see to it; return what it wrote to stderr."""
+    try:
+        return program.communicate(timeout=30)[1]
+    finally:
+        program.kill()
+        program.communicate()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_children_do_not_outlive_the_program(number: signal.Signals) -> None:
     program, pidfds = start_endless_run()
     program.send_signal(number)
-    program.communicate(timeout=30)
+    end(program)
     for pidfd in pidfds:
         ready, _, _ = select.select([pidfd], [], [], 30)
         os.close(pidfd)
@@ -305,7 +314,7 @@ def test_children_do_not_outlive_the_program(number: signal.Signals) -> None:
 def test_interruption_costs_one_line() -> None:
     program, pidfds = start_endless_run()
     program.send_signal(signal.SIGINT)
-    _, errors = program.communicate(timeout=30)
+    errors = end(program)
     for pidfd in pidfds:
         os.close(pidfd)
     assert (program.returncode, errors) == (130, "interrupted\n")
