@@ -40,26 +40,8 @@ from vllm_pd.transport.wakeup import Wakeup
 
 logger = logging.getLogger(__name__)
 
-_RELEASE_LINGER_S = 2.0
 _MAX_PENDING = 10_000
 _ERROR_PAUSE_S = 0.1  # keeps an error that repeats from eating a core
-
-
-def send_release(context: ControlContext, host: str, port: int, transfer_id: str) -> None:
-    """Tell an instance that a prefill will not be fetched; best effort, never raises."""
-    if not context.may_connect(host):
-        return
-    try:
-        client = context.client(host, port)
-    except PDError as exc:
-        logger.info("release of %s not sent: %s", transfer_id, exc)
-        return
-    try:
-        client.send(Release(transfer_id=transfer_id))
-    except PDError as exc:
-        logger.info("release of %s not sent: %s", transfer_id, exc)
-    finally:
-        client.close(linger_s=_RELEASE_LINGER_S)
 
 
 class InstanceEndpoint:

@@ -78,13 +78,8 @@ def address_of(data: bytearray) -> int:
     return ctypes.addressof((ctypes.c_char * len(data)).from_buffer(data))
 
 
-def copy(dst: int, src: int, num_bytes: int) -> None:
-    """Copy bytes; the GIL is released meanwhile (ctypes does so for C calls)."""
-    ctypes.memmove(dst, src, num_bytes)
-
-
 def copy_all(moves: Iterable[tuple[int, int, int]]) -> None:
-    """Copy all ``(dst, src, num_bytes)``; the GIL is released during each."""
+    """Copy all ``(dst, src, num_bytes)``; the GIL is released during each (by ctypes)."""
     move = ctypes.memmove
     for dst, src, num_bytes in moves:
         move(dst, src, num_bytes)

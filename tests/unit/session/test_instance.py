@@ -32,8 +32,8 @@ from vllm_pd.protocol.messages import (
     encode,
 )
 from vllm_pd.session.channel import ControlClient, ControlContext
-from vllm_pd.session.instance import InstanceEndpoint, send_release
-from vllm_pd.session.outbox import RemoteLease
+from vllm_pd.session.instance import InstanceEndpoint
+from vllm_pd.session.outbox import Outbox, RemoteLease
 
 T = TypeVar("T")
 
@@ -251,11 +251,13 @@ def test_release_is_sent_even_if_the_instance_ends_at_once(endpoint: InstanceEnd
     assert wait_for(endpoint.take_releases) == ["t1"]
 
 
-def test_release_by_function_reaches_the_other_instance(
+def test_release_by_outbox_reaches_the_other_instance(
     context: ControlContext, endpoint: InstanceEndpoint
 ) -> None:
-    send_release(context, endpoint.host, endpoint.port, "t1")
+    outbox = Outbox(context)
+    outbox.send((endpoint.host, endpoint.port), Release(transfer_id="t1"), now=0.0)
     assert wait_for(endpoint.take_releases) == ["t1"]
+    outbox.close()
 
 
 def test_lease_is_renewed_again_and_again_while_its_request_queues(

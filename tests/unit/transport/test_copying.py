@@ -13,7 +13,7 @@ from vllm_pd.transport.copying import CopyJob, Part
 from vllm_pd.transport.digests import digest
 from vllm_pd.transport.ledger import Posted
 from vllm_pd.transport.links import Direction
-from vllm_pd.transport.memory import address_of, copy
+from vllm_pd.transport.memory import address_of, copy_all
 from vllm_pd.transport.sources import Source
 
 SIZE = 1000
@@ -37,8 +37,7 @@ class Local(Source):
             raise self.error
         if self.job_to_cancel is not None:
             self.job_to_cancel.cancel()
-        for move in moves:
-            copy(*move)
+        copy_all(moves)
 
 
 class Rig:

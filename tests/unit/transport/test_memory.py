@@ -77,7 +77,7 @@ def test_interior_is_the_whole_pages(addr: int, num_bytes: int, interior: tuple[
 
 def test_copy_and_view_reach_the_same_bytes() -> None:
     source, target = bytearray(b"abcdef"), bytearray(6)
-    memory.copy(memory.address_of(target), memory.address_of(source) + 2, 3)
+    memory.copy_all([(memory.address_of(target), memory.address_of(source) + 2, 3)])
     assert target == b"cde\0\0\0"
     memory.view(memory.address_of(target), 6)[5] = 7
     assert target[5] == 7
