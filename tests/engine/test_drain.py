@@ -123,7 +123,10 @@ def test_blocks_are_kept_for_a_request_that_queues_and_the_drain_ends_when_it_ha
         instance(tmp_path, model, "decode", "--max-num-seqs", "1", lease_s=2.0, core=1) as decode,
         ThreadPoolExecutor(1) as pool,
     ):
-        with open_leg(decode.url, completion([5] * 9, stream=True, max_tokens=4000), {}) as busy:
+        # Its choices run one after the other: more than any machine can end while this test lasts.
+        endless = completion([5] * 9, stream=True, max_tokens=4000)
+        endless.body.update(n=100, temperature=1)  # vLLM refuses greedy choices, all alike
+        with open_leg(decode.url, endless, {}) as busy:
             busy.readline()  # it runs, and nothing else can
             params = prefill_leg(prefill.url)
             prefill.terminate()
