@@ -25,6 +25,8 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore"),  # importing vLLM warns about its own dependencies
 ]
 
+FOR_EVER_S = 3600.0
+
 
 @pytest.fixture
 def make_instance(
@@ -73,6 +75,28 @@ def test_blocks_arrive_and_both_sides_are_free_afterwards(
     assert consumer.num_computed == {request_id: 1}
     assert all(consumer.holds(block_id, 3) for block_id in block_ids)
     assert [producer.engine.num_free_blocks, consumer.engine.num_free_blocks] == [num_free] * 2
+
+
+def test_step_that_computes_nothing_waits_for_the_fetch(
+    make_instance: Callable[..., Instance], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vllm_pd.connector.worker.FETCH_WAIT_S", FOR_EVER_S)
+    producer, consumer = make_instance(fill=3), make_instance(fill=0)
+    request_id = consumer.engine.add(PROMPT, prefill(producer))
+    producer.step()  # its worker half learns of the prefill
+    assert consumer.step().num_scheduled == {}  # here it waits
+    assert consumer.step().num_scheduled == {request_id: 1}
+
+
+def test_step_that_computes_does_not_wait_for_a_fetch(
+    make_instance: Callable[..., Instance], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vllm_pd.connector.worker.FETCH_WAIT_S", FOR_EVER_S)
+    producer, consumer = make_instance(fill=3), make_instance(fill=0)
+    params = prefill(producer) | {"transfer_id": "of a prefill that has not ended"}
+    consumer.engine.add(PROMPT, params)
+    other = consumer.engine.add(PROMPT[:40])
+    assert consumer.step().num_scheduled == {other: 40}
 
 
 def test_load_from_a_dead_producer_is_recomputed(make_instance: Callable[..., Instance]) -> None:

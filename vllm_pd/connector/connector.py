@@ -164,12 +164,18 @@ class PDConnector(KVConnectorBase_V1, SupportsHMA):
             raise
 
     @_contained(PDConnectorMetadata)
-    def build_connector_meta(self, scheduler_output: SchedulerOutput) -> KVConnectorMetadata:  # noqa: ARG002
+    def build_connector_meta(self, scheduler_output: SchedulerOutput) -> KVConnectorMetadata:
         """Pack what the worker half must know in this step."""
         news = self._scheduler_half.build_step_news()
         failed, self._failed_loads = self._failed_loads, []
         return PDConnectorMetadata(
-            news.loads, news.grants, news.releases, news.renewals, failed, news.num_blocks_saved
+            news.loads,
+            news.grants,
+            news.releases,
+            news.renewals,
+            failed,
+            news.num_blocks_saved,
+            computes=scheduler_output.total_num_scheduled_tokens > 0,
         )
 
     @_contained(lambda: None)
@@ -249,6 +255,9 @@ class PDConnector(KVConnectorBase_V1, SupportsHMA):
         finished_req_ids: set[str],  # noqa: ARG002
     ) -> tuple[set[str] | None, set[str] | None]:
         """Report each request once, when its blocks are sent, received or failed."""
+        metadata = self._connector_metadata
+        if isinstance(metadata, PDConnectorMetadata) and not metadata.computes:
+            self._worker_half.wait_for_fetch()
         return self._worker_half.get_finished()
 
     @_contained(set)

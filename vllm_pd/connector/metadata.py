@@ -25,6 +25,7 @@ class PDConnectorMetadata(KVConnectorMetadata):
         failed_loads: request ids whose load could not even be planned, and their blocks.
         num_blocks_saved: blocks of prompts of which nothing is fetched, because the
             prefix cache has them.
+        computes: whether the model runs in this step.
     """
 
     loads: list[FetchRequest] = field(default_factory=list)
@@ -33,6 +34,7 @@ class PDConnectorMetadata(KVConnectorMetadata):
     renewals: list[str] = field(default_factory=list)
     failed_loads: list[tuple[str, tuple[int, ...]]] = field(default_factory=list)
     num_blocks_saved: int = 0
+    computes: bool = True
 
 
 @dataclass

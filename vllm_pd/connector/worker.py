@@ -27,6 +27,9 @@ from vllm_pd.transport.registry import open_transports
 
 logger = logging.getLogger(__name__)
 
+FETCH_WAIT_S = 0.01
+"""Longest time that a step without computation waits; requests that arrive wait as long."""
+
 
 class PDConnectorWorker:
     """One worker's part in transfers.
@@ -56,6 +59,7 @@ class PDConnectorWorker:
         self._manager: SessionManager | None = None
         self._block_len = 0
         self._num_bytes_saved = 0
+        self._num_fetching = 0
         self._invalid_block_ids: set[int] = set()
         self._not_started: list[tuple[str, tuple[int, ...]]] = []
         self._transport_info: dict[str, tuple[str, str]] = {}
@@ -133,6 +137,7 @@ class PDConnectorWorker:
                 self._not_started.append((request.request_id, request.block_ids))
             else:
                 self._manager.fetch(request)
+                self._num_fetching += 1
         if self._manager is not None:
             for grant in grants:
                 self._manager.grant(grant)
@@ -144,6 +149,16 @@ class PDConnectorWorker:
     def fail(self, loads: Iterable[tuple[str, tuple[int, ...]]]) -> None:
         """Report loads as failed, with their blocks, at the next ``get_finished``."""
         self._not_started += loads
+
+    def wait_for_fetch(self) -> None:
+        """Let a fetch that is under way have this core, for a moment or until it ends.
+
+        For steps in which the engine has nothing to compute: vLLM makes one after the
+        other until the blocks are there, which takes interpreter and core from the threads
+        that copy, and the last of them ends long after the fetch.
+        """
+        if self._num_fetching and self._manager is not None:
+            self._manager.wait_results(FETCH_WAIT_S)
 
     def get_finished(self) -> tuple[set[str], set[str]]:
         """Return ``(finished_sending, finished_recving)`` since the last call.
@@ -160,6 +175,7 @@ class PDConnectorWorker:
         if self._manager is None:
             return set(), finished_recving
         results = self._manager.take_results()
+        self._num_fetching -= len(results.fetched)
         for fetched in results.fetched:
             finished_recving.add(fetched.request_id)
             if fetched.error is None:

@@ -140,6 +140,7 @@ class SessionManager:
         self._known = _Known()
         self.host, self.port = self._server.host, self._server.port
         self._lock = threading.Lock()
+        self._have_results = threading.Condition(self._lock)
         self._commands: deque[Callable[[float], None]] = deque()
         self._results = Results()
         self._closing = False
@@ -182,6 +183,12 @@ class SessionManager:
             results, self._results = self._results, Results()
         return results
 
+    def wait_results(self, timeout_s: float) -> None:
+        """Wait until there is something to take, but no longer than ``timeout_s``."""
+        with self._have_results:
+            if not self._results.freed and not self._results.fetched and not self._closing:
+                self._have_results.wait(timeout_s)
+
     def take_stats(self) -> SessionStats | None:
         """Return what happened since the last call; None for nothing."""
         if not self._has_news:
@@ -199,6 +206,7 @@ class SessionManager:
             if self._closing:
                 return
             self._closing = True
+            self._have_results.notify_all()
         self._wake.set()
         self._thread.join(timeout=10.0)
         self._wake.close()
@@ -292,6 +300,8 @@ class SessionManager:
             known.add_news(self._stats, since=self._known)
             self._stats.fetches += [result.record for result in fetched]
             self._has_news = True
+            if freed or fetched:
+                self._have_results.notify_all()
         self._known = known
 
     def _shut_down(self) -> None:

@@ -46,6 +46,8 @@ LAYOUT = KVLayout(
 ONE_HEAD = msgspec.structs.replace(FINGERPRINT, num_kv_heads=1)
 CONFIG = ConnectorConfig(lease_s=20.0, handshake_timeout_s=5.0, transfer_timeout_s=10.0)
 
+FOR_EVER_S = 3600.0
+
 
 @dataclass
 class Engine:
@@ -129,6 +131,21 @@ def test_blocks_of_a_granted_prefill_arrive_and_are_freed(pair: tuple[Engine, En
     assert consumer.worker.block(0, 1) == producer.worker.block(0, 2)
     assert consumer.worker.block(1, 5) == producer.worker.block(1, 3)
     assert producer.wait(lambda r: bool(r.freed)).freed == ["prefill-t1"]
+
+
+def test_waiting_for_results_ends_when_a_fetch_does(pair: tuple[Engine, Engine]) -> None:
+    producer, consumer = pair
+    consumer.manager.fetch(fetch_request(producer))
+    producer.manager.grant(GRANT)
+    consumer.manager.wait_results(FOR_EVER_S)
+    (result,) = consumer.manager.take_results().fetched
+    assert result.error is None
+
+
+def test_nobody_waits_for_a_manager_that_is_closed(pair: tuple[Engine, Engine]) -> None:
+    _, consumer = pair
+    consumer.manager.close()
+    consumer.manager.wait_results(FOR_EVER_S)
 
 
 def test_fetch_may_come_before_its_grant(pair: tuple[Engine, Engine]) -> None:
