@@ -6,9 +6,11 @@ does, straight from or into registered memory.
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import enum
 import itertools
+import operator
 import os
 import socket
 import struct
@@ -22,9 +24,11 @@ MAX_FDS = 253
 """Most descriptors that the kernel lets travel with one message."""
 
 _MAX_IOV = 512
-_CALL_LEN = 1024 * 1024  # a socket's buffer holds little more, and each part costs time
+_SEND_LEN = 4 * 1024 * 1024  # a peer that keeps up lets a socket take it all
+_RECEIVE_LEN = 512 * 1024  # a socket's buffer holds little more, and each part costs time
 _READ_BUDGET = 64 * 1024 * 1024  # bytes per poll and link, so that no peer starves the others
 _HEADER = struct.Struct("!I")
+_NUM_BYTES = operator.attrgetter("nbytes")
 
 
 class Mark(enum.Enum):
@@ -52,11 +56,17 @@ class Outgoing:
 
 
 class _Parts:
-    """Memory to send or to fill, in order; what is done is cut off at the front."""
+    """Memory to send or to fill, in order; what is done is cut off at the front.
+
+    A chunk of small blocks has hundreds of parts, and every system call takes a few of
+    them, so each call must not look at all.
+    """
 
     def __init__(self) -> None:
         self._parts: list[memoryview] = []
+        self._ends: list[int] = []  # of the parts, in bytes from the first
         self._next = 0
+        self._done = 0  # bytes
 
     def __bool__(self) -> bool:
         return self._next < len(self._parts)
@@ -69,33 +79,29 @@ class _Parts:
         """Add memory at the end."""
         if self._next == len(self._parts):
             self.clear()
-        self._parts += [part for part in parts if part.nbytes]
+        added = [part for part in parts if part.nbytes]
+        end = self._ends[-1] if self._ends else 0
+        ends = itertools.accumulate(map(_NUM_BYTES, added), initial=end)
+        self._ends += itertools.islice(ends, 1, None)
+        self._parts += added
 
-    def first(self) -> list[memoryview]:
-        """Return about as much as one system call takes."""
-        count = total = 0
-        for part in itertools.islice(self._parts, self._next, self._next + _MAX_IOV):
-            count += 1
-            total += part.nbytes
-            if total >= _CALL_LEN:
-                break
-        return self._parts[self._next : self._next + count]
+    def first(self, num_bytes: int) -> list[memoryview]:
+        """Return about as much for one system call."""
+        last = bisect.bisect_left(self._ends, self._done + num_bytes, self._next)
+        return self._parts[self._next : min(last + 1, self._next + _MAX_IOV)]
 
     def consume(self, num_bytes: int) -> None:
         """Cut bytes off at the front."""
-        parts, index = self._parts, self._next
-        while num_bytes:
-            length = parts[index].nbytes
-            if length > num_bytes:
-                parts[index] = parts[index][num_bytes:]
-                break
-            num_bytes -= length
-            index += 1
-        self._next = index
+        self._done += num_bytes
+        self._next = bisect.bisect_right(self._ends, self._done, self._next)
+        if self._next < len(self._parts) and (rest := self._ends[self._next] - self._done):
+            part = self._parts[self._next]
+            self._parts[self._next] = part[part.nbytes - rest :]
 
     def clear(self) -> None:
         """Forget everything."""
-        self._parts, self._next = [], 0
+        self._parts, self._ends = [], []
+        self._next = self._done = 0
 
 
 class Link:
@@ -175,7 +181,7 @@ class Link:
         """Send as much as the socket takes now, first what is queued, then from the feed."""
         while self._out or self._take_from_feed():
             try:
-                sent = self._sock.sendmsg(self._out.first())
+                sent = self._sock.sendmsg(self._out.first(_SEND_LEN))
             except (BlockingIOError, InterruptedError):
                 return
             self._out.consume(sent)
@@ -226,7 +232,7 @@ class Link:
                 yield Mark.PAYLOAD_END
 
     def _read_payload(self) -> int:
-        num_read = self._sock.recvmsg_into(self._payload.first())[0]
+        num_read = self._sock.recvmsg_into(self._payload.first(_RECEIVE_LEN))[0]
         self._payload.consume(num_read)
         self._payload_ended = not self._payload
         return num_read
