@@ -77,6 +77,8 @@ class ConnectorConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
         handshake_timeout_s: longest wait for a peer's handshake.
         transfer_timeout_s: longest wait for the blocks of one request, from the
             fetch to the last byte.
+        prefill_wait_s: longest wait for a prefill that has not ended when the decode
+            request comes; with ``transfer_timeout_s`` on top.
         min_load_tokens: prompts of which a transfer would save fewer tokens are
             computed locally. The last prompt token is always computed.
         digests: how much of a fetch is verified: ``off``, ``sampled`` or ``always``.
@@ -94,6 +96,7 @@ class ConnectorConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     max_lease_s: float = 600.0
     handshake_timeout_s: float = 10.0
     transfer_timeout_s: float = 30.0
+    prefill_wait_s: float = 600.0
     min_load_tokens: int = 1
     digests: Digests = Digests.SAMPLED
     num_copy_threads: int = 1
@@ -107,6 +110,7 @@ class ConnectorConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
             "max_lease_s",
             "handshake_timeout_s",
             "transfer_timeout_s",
+            "prefill_wait_s",
             "min_load_tokens",
             "num_copy_threads",
             "num_streams",

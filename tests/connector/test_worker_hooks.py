@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.connector.driving import KEEP, NUM_BLOCKS, PROMPT
+from vllm_pd.protocol.params import pending_prefill_params
 
 if TYPE_CHECKING:
     from tests.connector.harness import Engine
@@ -121,6 +122,55 @@ def test_abort_of_a_load_frees_the_blocks_on_both_sides(
     consumer.engine.abort(request_id)
     run_until_idle(producer, consumer)
     assert [producer.engine.num_free_blocks, consumer.engine.num_free_blocks] == [num_free] * 2
+
+
+OTHER = PROMPT[::-1]
+
+
+def pending_prefill(producer: Instance, consumer: Instance) -> dict[str, object]:
+    """Have both serve a request; return the params of one whose prefill comes later."""
+    known = prefill(producer)
+    consumer.engine.add(PROMPT, known)
+    run_until_idle(producer, consumer)
+    consumer.num_computed.clear()
+    return pending_prefill_params(
+        "later",
+        engine_id=str(known["remote_engine_id"]),
+        host=str(known["remote_host"]),
+        port=int(str(known["remote_port"])),
+    )
+
+
+def test_decode_request_may_come_before_its_prefill(make_instance: Callable[..., Instance]) -> None:
+    producer, consumer = make_instance(fill=3), make_instance(fill=0)
+    params = pending_prefill(producer, consumer)
+    request_id = consumer.engine.add(OTHER, params)
+    consumer.step()
+    producer.engine.add(OTHER, {**KEEP, "transfer_id": "later"})
+    run_until_idle(producer, consumer)
+    assert consumer.num_computed == {request_id: 1}
+
+
+def test_prefill_of_another_prompt_is_not_loaded(make_instance: Callable[..., Instance]) -> None:
+    producer, consumer = make_instance(fill=3), make_instance(fill=0)
+    request_id = consumer.engine.add(OTHER, pending_prefill(producer, consumer))
+    consumer.step()
+    producer.engine.add([*OTHER[:-1], 7], {**KEEP, "transfer_id": "later"})
+    run_until_idle(producer, consumer)
+    assert consumer.num_computed == {request_id: len(OTHER)}
+
+
+def test_abort_of_a_request_that_waits_for_its_prefill_frees_its_blocks(
+    make_instance: Callable[..., Instance],
+) -> None:
+    producer, consumer = make_instance(fill=3), make_instance(fill=0)
+    params = pending_prefill(producer, consumer)
+    num_free = consumer.engine.num_free_blocks
+    request_id = consumer.engine.add(OTHER, params)
+    consumer.step()
+    consumer.engine.abort(request_id)
+    run_until_idle(consumer)
+    assert consumer.engine.num_free_blocks == num_free
 
 
 def test_bytes_of_a_wholly_cached_prompt_are_reported_as_saved(

@@ -173,6 +173,7 @@ class PDConnector(KVConnectorBase_V1, SupportsHMA):
             news.grants,
             news.releases,
             news.renewals,
+            news.aborted_loads,
             failed,
             news.num_blocks_saved,
             computes=scheduler_output.total_num_scheduled_tokens > 0,
@@ -246,7 +247,11 @@ class PDConnector(KVConnectorBase_V1, SupportsHMA):
         self._worker_half.fail(metadata.failed_loads)
         self._worker_half.add_saved_blocks(metadata.num_blocks_saved)
         self._worker_half.start(
-            metadata.loads, metadata.grants, metadata.releases, metadata.renewals
+            metadata.loads,
+            metadata.grants,
+            metadata.releases,
+            metadata.renewals,
+            metadata.aborted_loads,
         )
 
     @_contained(lambda: (None, None))

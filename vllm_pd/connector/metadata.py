@@ -22,6 +22,7 @@ class PDConnectorMetadata(KVConnectorMetadata):
         grants: prefills that finished here and wait for a consumer.
         releases: transfer ids that nobody will fetch.
         renewals: transfer ids that will be fetched later.
+        aborted_loads: requests that were aborted and whose fetch may not have ended.
         failed_loads: request ids whose load could not even be planned, and their blocks.
         num_blocks_saved: blocks of prompts of which nothing is fetched, because the
             prefix cache has them.
@@ -32,6 +33,7 @@ class PDConnectorMetadata(KVConnectorMetadata):
     grants: list[Grant] = field(default_factory=list)
     releases: list[str] = field(default_factory=list)
     renewals: list[str] = field(default_factory=list)
+    aborted_loads: list[str] = field(default_factory=list)
     failed_loads: list[tuple[str, tuple[int, ...]]] = field(default_factory=list)
     num_blocks_saved: int = 0
     computes: bool = True

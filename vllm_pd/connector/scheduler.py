@@ -71,6 +71,7 @@ class StepNews:
     grants: list[Grant]
     releases: list[str]
     renewals: list[str]
+    aborted_loads: list[str]
     num_blocks_saved: int
 
 
@@ -95,6 +96,7 @@ class PDConnectorScheduler:
         endpoint: Endpoint,
     ) -> None:
         self._min_load_tokens = config.min_load_tokens
+        self._prefill_wait_s = config.prefill_wait_s
         self._lease_s = config.lease_s
         self._engine_id = engine_id
         self._block_size = block_size
@@ -109,6 +111,8 @@ class PDConnectorScheduler:
         self._timelines = Timelines()
         self._loads: list[FetchRequest] = []
         self._grants: list[Grant] = []
+        self._loading: set[str] = set()  # requests whose load was handed over
+        self._aborted_loads: list[str] = []
 
     def on_new_request(self, request: SchedulerRequest) -> None:
         """Keep the remote prefill of a request alive while it queues.
@@ -153,11 +157,12 @@ class PDConnectorScheduler:
         if remote is None or request.request_id in self._decided:
             return 0, False
         # vLLM computes the last prompt token in any case, to have something to sample from.
-        num_saved = min(remote.remote_num_tokens, request.num_prompt_tokens - 1)
+        num_remote = _num_tokens(remote, request)
+        num_saved = min(num_remote, request.num_prompt_tokens - 1)
         if num_saved - num_computed_tokens < self._min_load_tokens:
             self._num_cached[request.request_id] = num_computed_tokens
             return 0, False
-        return remote.remote_num_tokens - num_computed_tokens, True
+        return num_remote - num_computed_tokens, True
 
     def update_state_after_alloc(
         self,
@@ -182,14 +187,17 @@ class PDConnectorScheduler:
         num_cached = self._num_cached.pop(request.request_id, 0)
         # The fetch protects the lease while it reads, but it has to get there in time.
         self._endpoint.stop_renewing(request.request_id, once_more=num_external_tokens > 0)
+        num_remote = _num_tokens(remote, request)
         if num_external_tokens == 0:
-            self._num_blocks_saved += min(num_cached, remote.remote_num_tokens) // self._block_size
+            self._num_blocks_saved += min(num_cached, num_remote) // self._block_size
             self._release(remote)
             return
         if wants_timeline(request.kv_transfer_params):
             self._timelines.expect(request.request_id)
-        first = (remote.remote_num_tokens - num_external_tokens) // self._block_size
-        last = -(-remote.remote_num_tokens // self._block_size)
+        first = (num_remote - num_external_tokens) // self._block_size
+        last = -(-num_remote // self._block_size)
+        is_pending = remote.remote_num_tokens is None
+        self._loading.add(request.request_id)
         self._loads.append(
             FetchRequest(
                 request_id=request.request_id,
@@ -199,6 +207,8 @@ class PDConnectorScheduler:
                 remote_port=remote.remote_port,
                 block_offset=first,
                 block_ids=tuple(block_ids[first:last]),
+                prompt_digest=_digest(request, num_remote) if is_pending else "",
+                wait_s=self._prefill_wait_s if is_pending else 0.0,
             )
         )
 
@@ -210,8 +220,16 @@ class PDConnectorScheduler:
         """Return what the worker half must know now, and forget it."""
         renewals = [t for t in self._endpoint.take_renewals() if t in self._transfer_ids]
         releases = self._endpoint.take_releases()
-        news = StepNews(self._loads, self._grants, releases, renewals, self._num_blocks_saved)
-        self._loads, self._grants, self._num_blocks_saved = [], [], 0
+        news = StepNews(
+            self._loads,
+            self._grants,
+            releases,
+            renewals,
+            self._aborted_loads,
+            self._num_blocks_saved,
+        )
+        self._loads, self._grants, self._aborted_loads = [], [], []
+        self._num_blocks_saved = 0
         return news
 
     def request_finished(
@@ -240,6 +258,10 @@ class PDConnectorScheduler:
         elif remote is not None:
             self._endpoint.stop_renewing(request.request_id, once_more=False)
             self._release(remote)
+        if request.request_id in self._loading:
+            self._loading.remove(request.request_id)
+            if request.status.name == "FINISHED_ABORTED":
+                self._aborted_loads.append(request.request_id)  # if it has not ended yet
         timeline = self._timelines.take(request.request_id)
         params = request.kv_transfer_params
         if params is None or not wants_remote_decode(params):
@@ -281,7 +303,7 @@ class PDConnectorScheduler:
             remote_lease_s=self._lease_s,
         )
         answer = remote_prefill_params(remote, block_ids=kept, tp_size=self._tp_size)
-        grant = Grant(transfer_id, request.request_id, kept)
+        grant = Grant(transfer_id, request.request_id, kept, remote.remote_prompt_digest)
         if not self._endpoint.try_hold(len(kept)):
             logger.info("%s: draining, its KV cache is not kept", request.request_id)
             return False, None
@@ -308,11 +330,12 @@ class PDConnectorScheduler:
         if remote is None:
             return None
         problem = None
+        num_remote = _num_tokens(remote, request)
         if remote.remote_engine_id == self._engine_id:
             problem = "it was prefilled by this engine, so its prefix cache has it"
-        elif remote.remote_num_tokens > request.num_prompt_tokens:
-            problem = f"{remote.remote_num_tokens} remote tokens, {request.num_prompt_tokens} here"
-        elif remote.remote_prompt_digest not in ("", _digest(request, remote.remote_num_tokens)):
+        elif num_remote > request.num_prompt_tokens:
+            problem = f"{num_remote} remote tokens, {request.num_prompt_tokens} here"
+        elif remote.remote_prompt_digest not in ("", _digest(request, num_remote)):
             problem = "the remote prefill is of another prompt, adapter, cache salt or image"
         if problem is None:
             return remote
@@ -329,6 +352,12 @@ class PDConnectorScheduler:
 
     def _release(self, remote: RemotePrefill) -> None:
         self._endpoint.send_release(remote.remote_host, remote.remote_port, remote.transfer_id)
+
+
+def _num_tokens(remote: RemotePrefill, request: SchedulerRequest) -> int:
+    """Return of how many leading prompt tokens the KV is there, or will be."""
+    num_tokens = remote.remote_num_tokens
+    return request.num_prompt_tokens if num_tokens is None else num_tokens
 
 
 def _digest(request: SchedulerRequest, num_tokens: int) -> str:

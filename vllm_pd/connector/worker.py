@@ -130,6 +130,7 @@ class PDConnectorWorker:
         grants: Iterable[Grant],
         releases: Iterable[str],
         renewals: Iterable[str] = (),
+        aborted_loads: Iterable[str] = (),
     ) -> None:
         """Hand one step's news to the session thread."""
         for request in loads:
@@ -145,6 +146,8 @@ class PDConnectorWorker:
                 self._manager.release(transfer_id)
             for transfer_id in renewals:
                 self._manager.renew(transfer_id)
+            for request_id in aborted_loads:
+                self._manager.give_up(request_id)
 
     def fail(self, loads: Iterable[tuple[str, tuple[int, ...]]]) -> None:
         """Report loads as failed, with their blocks, at the next ``get_finished``."""

@@ -41,11 +41,12 @@ import msgspec
 from vllm_pd.config import Digests
 from vllm_pd.errors import RemoteProtocolError
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 """Bump on any change that an older peer would misread.
 
 1: first version.
 2: heads of blocks, so that tensor-parallel sizes may differ; renewals; digests.
+3: fetches of prefills that have not ended: their prompt, and giving them up.
 """
 
 MAX_FRAME_LEN = 1024 * 1024
@@ -232,6 +233,7 @@ class FetchBlocks(Message, frozen=True, tag="fetch_blocks"):
         num_readers: workers of the consumer's engine that fetch from this producer.
         digests: how much the producer must vouch for.
         timeout_s: how long the consumer waits; the producer gives up before it.
+        prompt_digest: of the prompt whose KV is wanted, to be compared; ``""`` if unknown.
     """
 
     fetch_id: int
@@ -244,6 +246,7 @@ class FetchBlocks(Message, frozen=True, tag="fetch_blocks"):
     num_readers: int
     digests: Digests
     timeout_s: float
+    prompt_digest: str = ""
 
     def __post_init__(self) -> None:
         if self.block_offset < 0 or self.num_blocks < 1:
@@ -279,6 +282,16 @@ class FetchFailed(Message, frozen=True, tag="fetch_failed"):
     detail: str
 
 
+class GiveUp(Message, frozen=True, tag="give_up"):
+    """Consumer to producer: nobody wants this fetch any more.
+
+    The answer is FetchFailed, or the FetchReady that is on its way already: then the
+    bytes come nevertheless.
+    """
+
+    fetch_id: int
+
+
 class Goodbye(Message, frozen=True, tag="goodbye"):
     """Consumer to producer: the session is over."""
 
@@ -298,6 +311,7 @@ AnyMessage = (
     | FetchBlocks
     | FetchReady
     | FetchFailed
+    | GiveUp
     | Goodbye
 )
 

@@ -28,30 +28,52 @@ class RemotePrefill(msgspec.Struct, frozen=True, kw_only=True):
         remote_request_id: the producer's request id, for its logs.
         remote_host: host of the producer's instance endpoint.
         remote_port: port of it.
-        remote_num_tokens: leading prompt tokens whose KV is there.
+        remote_num_tokens: leading prompt tokens whose KV is there; None: all of the
+            prompt will be, as the prefill has not ended yet.
         remote_prompt_digest: ``prompt_digest`` of those tokens; ``""`` if unknown.
         remote_lease_s: how long the producer keeps it unless renewed; 0 if unknown.
     """
 
     transfer_id: str
     remote_engine_id: str
-    remote_request_id: str
     remote_host: str
     remote_port: int
-    remote_num_tokens: int
+    remote_num_tokens: int | None
+    remote_request_id: str = ""
     remote_prompt_digest: str = ""
     remote_lease_s: float = 0.0
 
     def __post_init__(self) -> None:
         if not 0 < self.remote_port < 65536:
             raise ValueError(f"remote_port {self.remote_port} is not a port")
-        if self.remote_num_tokens < 0:
+        if self.remote_num_tokens is not None and self.remote_num_tokens < 0:
             raise ValueError(f"remote_num_tokens is {self.remote_num_tokens}")
         if not 0 < len(self.transfer_id) <= MAX_ID_LEN:
             raise ValueError("transfer_id is empty or too long")
         f"{self.transfer_id}{self.remote_host}".encode()  # a ValueError where it cannot be sent
         if not 0 <= self.remote_lease_s < math.inf:  # false for nan, too
             raise ValueError(f"remote_lease_s is {self.remote_lease_s}")
+
+
+def pending_prefill_params(
+    transfer_id: str, *, engine_id: str, host: str, port: int
+) -> dict[str, Any]:
+    """Return what sends a decode request to wait for a prefill that has not ended yet.
+
+    Args:
+        transfer_id: of the prefill.
+        engine_id: of the producer; if that restarts, the request is computed locally.
+        host: host of the producer's instance endpoint.
+        port: port of it.
+    """
+    remote = RemotePrefill(
+        transfer_id=transfer_id,
+        remote_engine_id=engine_id,
+        remote_host=host,
+        remote_port=port,
+        remote_num_tokens=None,
+    )
+    return {"do_remote_prefill": True, "do_remote_decode": False, **msgspec.to_builtins(remote)}
 
 
 def wants_remote_decode(params: Mapping[str, Any] | None) -> bool:

@@ -102,6 +102,7 @@ class _Lease:
     block_ids: tuple[int, ...]
     expires_at: float
     last_expiry: float  # renewals reach no further
+    prompt_digest: str
     delivered: dict[str, set[int]] = field(default_factory=dict)  # ranks, by consumer engine
     num_reading: int = 0
     is_fetched: bool = False
@@ -146,7 +147,13 @@ class LeaseTable:
         return transfer_id in self._ended
 
     def grant(
-        self, transfer_id: str, *, request_id: str, block_ids: Sequence[int], now: float
+        self,
+        transfer_id: str,
+        *,
+        request_id: str,
+        block_ids: Sequence[int],
+        now: float,
+        prompt_digest: str = "",
     ) -> None:
         """Start a lease.
 
@@ -161,6 +168,7 @@ class LeaseTable:
             tuple(block_ids),
             now + min(self.lease_s, self.max_lease_s),
             now + self.max_lease_s,
+            prompt_digest,
         )
 
     def renew(self, transfer_id: str, now: float) -> None:
@@ -173,13 +181,20 @@ class LeaseTable:
             lease.expires_at = max(lease.expires_at, wanted)
 
     def begin_fetch(
-        self, transfer_id: str, *, block_offset: int, num_blocks: int
+        self, transfer_id: str, *, block_offset: int, num_blocks: int, prompt_digest: str = ""
     ) -> tuple[int, ...]:
         """Protect the blocks while one rank reads them; return the block ids to send.
 
+        Args:
+            transfer_id: the lease.
+            block_offset: first block of the prefill that is wanted.
+            num_blocks: number of blocks.
+            prompt_digest: of the prompt whose KV is wanted; ``""`` if unknown.
+
         Raises:
             LeaseExpiredError: the blocks may already hold another request.
-            RemoteProtocolError: the peer asks for blocks that the prefill does not have.
+            RemoteProtocolError: the peer asks for blocks that the prefill does not have,
+                or for another prompt.
         """
         lease = self._leases.get(transfer_id)
         if lease is None or lease.is_released or lease.is_fetched:
@@ -189,6 +204,10 @@ class LeaseTable:
             raise RemoteProtocolError(
                 f"transfer {transfer_id} has {len(lease.block_ids)} blocks, not "
                 f"{block_offset} to {block_offset + num_blocks}"
+            )
+        if prompt_digest and lease.prompt_digest not in ("", prompt_digest):
+            raise RemoteProtocolError(
+                f"transfer {transfer_id} is of another prompt, adapter, cache salt or image"
             )
         lease.num_reading += 1
         return wanted

@@ -34,6 +34,7 @@ from vllm_pd.protocol.messages import (
     FetchFailed,
     FetchFailure,
     FetchReady,
+    GiveUp,
     Goodbye,
     Hello,
     InstanceInfo,
@@ -64,6 +65,8 @@ class FetchRequest:
         remote_port: port of it.
         block_offset: first block of the prefill that is wanted.
         block_ids: where the blocks go, in this worker's KV cache.
+        prompt_digest: of the prompt, for the producer to compare; ``""`` if unknown.
+        wait_s: how long the prefill may still take.
     """
 
     request_id: str
@@ -73,6 +76,8 @@ class FetchRequest:
     remote_port: int
     block_offset: int
     block_ids: tuple[int, ...]
+    prompt_digest: str = ""
+    wait_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,7 +198,8 @@ class Consumer:
 
     def start(self, request: FetchRequest, now: float) -> None:
         """Begin a fetch; every fetch ends as exactly one result."""
-        order = _Order(request, now, now + self._config.transfer_timeout_s)
+        deadline = now + request.wait_s + self._config.transfer_timeout_s
+        order = _Order(request, now, deadline)
         producer = self._producers.get(request.remote_engine_id)
         try:
             if producer is None:
@@ -207,6 +213,28 @@ class Consumer:
             producer.orders.append(order)
         else:
             self._dispatch(producer, order, now)
+
+    def give_up(self, request_id: str, now: float) -> None:
+        """End the fetch of a request that was aborted; bytes on their way still arrive.
+
+        Its blocks must not wait for a prefill that may never end.
+        """
+        error = TransferError("the request was aborted")
+        for producer in list(self._producers.values()):
+            for order in [o for o in producer.orders if o.request.request_id == request_id]:
+                producer.orders.remove(order)
+                order.error = error
+                self._finish(order, now)
+        for session in self._sessions():
+            for fetch_id, pending in list(session.pending.items()):
+                if pending.fetch.request_id != request_id:
+                    continue
+                if pending.fetch.state is FetchState.AWAITING_PEER:
+                    del session.pending[fetch_id]
+                    self._end(pending, now, error)
+                elif pending.fetch.state is FetchState.REQUESTED:
+                    give_up = GiveUp(fetch_id=fetch_id)
+                    self._guard(session, now, lambda s=session, g=give_up: s.client.send(g))  # type: ignore[misc]
 
     def poll(self, now: float) -> None:
         """Handle what arrived on the sessions, and losses of peers."""
@@ -496,6 +524,7 @@ class Consumer:
                 num_readers=part.num_readers,
                 digests=self._config.digests,
                 timeout_s=max(pending.fetch.deadline - now, 0.001),
+                prompt_digest=request.prompt_digest,
             )
         )
 
@@ -521,6 +550,7 @@ class Consumer:
             digests=self._config.digests,
         )
         fetch.advance(FetchState.RECEIVING)
+        fetch.deadline = min(fetch.deadline, now + self._config.transfer_timeout_s)
         pending.order.transport = session.transport.name
         self._receiving[session.peer_id, fetch_id] = pending
 
@@ -585,6 +615,8 @@ class Consumer:
     def _finish(self, order: _Order, now: float) -> None:
         """Report the end of an order; one that failed here gives its blocks back there."""
         request, error = order.request, order.error
+        # What the prefill still took is no part of the fetch.
+        started = order.started + (order.queued_s if request.wait_s else 0.0)
         record = FetchRecord(
             request_id=request.request_id,
             outcome=outcome_of(error),
@@ -596,7 +628,7 @@ class Consumer:
                 queued_s=order.queued_s,
                 transfer_s=order.transfer_s,
                 verify_s=order.verify_s,
-                total_s=now - order.started,
+                total_s=now - started,
             ),
         )
         self._results.append(FetchResult(request.request_id, request.block_ids, record, error))

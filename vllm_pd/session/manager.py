@@ -175,6 +175,10 @@ class SessionManager:
                     FetchResult(request.request_id, request.block_ids, record, error)
                 )
 
+    def give_up(self, request_id: str) -> None:
+        """End the fetch of a request that was aborted; unknown ones are ignored."""
+        self._post(lambda now: self._consumer.give_up(request_id, now))
+
     def take_results(self) -> Results:
         """Return what ended since the last call."""
         if not self._results.freed and not self._results.fetched:

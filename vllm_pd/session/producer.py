@@ -26,6 +26,7 @@ from vllm_pd.protocol.messages import (
     FetchFailed,
     FetchFailure,
     FetchReady,
+    GiveUp,
     Goodbye,
     Hello,
     Refused,
@@ -49,6 +50,7 @@ class Grant:
     transfer_id: str
     request_id: str
     block_ids: tuple[int, ...]
+    prompt_digest: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,6 +127,7 @@ class Producer:
                 request_id=grant.request_id,
                 block_ids=grant.block_ids,
                 now=now,
+                prompt_digest=grant.prompt_digest,
             )
         except LocalProtocolError as exc:
             logger.error("%s: %s", grant.request_id, exc)  # noqa: TRY400 - no bug to trace
@@ -167,6 +170,8 @@ class Producer:
                 self._fetch(identity, message, now)
             case FetchBlocks():
                 self._server.send(identity, Refused(reason="no session; say Hello first"))
+            case GiveUp():
+                self._unpark(identity, message.fetch_id)
             case Goodbye():
                 self._forget(identity)
             case _:
@@ -252,6 +257,16 @@ class Producer:
         else:
             self._parked.append(_Parked(identity, fetch, now + fetch.timeout_s * _PARKED_SHARE))
 
+    def _unpark(self, identity: bytes, fetch_id: int) -> None:
+        """Drop a fetch that waits for its grant; what is served already goes on."""
+        for parked in self._parked:
+            if (parked.identity, parked.fetch.fetch_id) == (identity, fetch_id):
+                self._parked.remove(parked)
+                self._refuse(
+                    identity, parked.fetch, FetchFailure.LEASE_ENDED, "given up by the consumer"
+                )
+                return
+
     def _serve(self, identity: bytes, fetch: FetchBlocks, now: float) -> None:
         session = self._sessions.get(identity)
         if session is None:
@@ -264,7 +279,10 @@ class Producer:
             return
         try:
             block_ids = self._leases.begin_fetch(
-                fetch.transfer_id, block_offset=fetch.block_offset, num_blocks=fetch.num_blocks
+                fetch.transfer_id,
+                block_offset=fetch.block_offset,
+                num_blocks=fetch.num_blocks,
+                prompt_digest=fetch.prompt_digest,
             )
         except LeaseExpiredError as exc:
             self._refuse(identity, fetch, FetchFailure.LEASE_ENDED, str(exc))

@@ -10,7 +10,7 @@ import pytest
 
 from vllm_pd.config import ConnectorConfig
 from vllm_pd.connector.scheduler import PDConnectorScheduler
-from vllm_pd.protocol.params import prompt_digest
+from vllm_pd.protocol.params import pending_prefill_params, prompt_digest
 from vllm_pd.session.outbox import RemoteLease
 
 BLOCK_SIZE = 16
@@ -26,6 +26,7 @@ REMOTE: dict[str, Any] = {
     "remote_num_tokens": 40,
     "remote_prompt_digest": prompt_digest(PROMPT),
 }
+PENDING = pending_prefill_params("t1", engine_id="p0", host="127.0.0.1", port=5600)
 KEEP: dict[str, Any] = {"do_remote_decode": True, "transfer_id": "t1"}
 
 
@@ -205,6 +206,43 @@ def test_load_names_only_the_blocks_that_are_missing(scheduler: PDConnectorSched
     assert (load.block_offset, load.block_ids) == (1, (11, 12))
     assert (load.transfer_id, load.remote_engine_id, load.request_id) == ("t1", "p0", "req-1")
     assert scheduler.build_step_news().loads == []
+
+
+def test_prefill_that_has_not_ended_is_fetched_with_patience_and_its_prompt_named(
+    endpoint: FakeEndpoint,
+) -> None:
+    config = ConnectorConfig(prefill_wait_s=77.0)
+    scheduler = PDConnectorScheduler(
+        config, engine_id="d0", block_size=BLOCK_SIZE, tp_size=1, endpoint=endpoint
+    )
+    request = FakeRequest(PENDING)
+    assert scheduler.get_num_new_matched_tokens(request, 16) == (24, True)
+    scheduler.update_state_after_alloc(request, [10, 11, 12, 13], num_external_tokens=24)
+    (load,) = scheduler.build_step_news().loads
+    assert (load.block_offset, load.block_ids) == (1, (11, 12))
+    assert (load.prompt_digest, load.wait_s) == (prompt_digest(PROMPT), 77.0)
+
+
+def test_prefill_that_has_ended_is_fetched_without_more_ado(
+    scheduler: PDConnectorScheduler,
+) -> None:
+    scheduler.update_state_after_alloc(FakeRequest(REMOTE), [10, 11, 12], num_external_tokens=40)
+    (load,) = scheduler.build_step_news().loads
+    assert (load.prompt_digest, load.wait_s) == ("", 0.0)
+
+
+@pytest.mark.parametrize(
+    ("status", "aborted"),
+    [(Status.FINISHED_ABORTED, ["req-1"]), (Status.FINISHED_STOPPED, [])],
+)
+def test_load_of_an_aborted_request_is_given_up(
+    scheduler: PDConnectorScheduler, status: Status, aborted: list[str]
+) -> None:
+    request = FakeRequest(PENDING, status=status)
+    scheduler.update_state_after_alloc(request, [10, 11, 12], num_external_tokens=40)
+    scheduler.request_finished(request, [])
+    assert scheduler.build_step_news().aborted_loads == aborted
+    assert scheduler.build_step_news().aborted_loads == []
 
 
 def test_second_call_after_a_load_changes_nothing(

@@ -113,6 +113,24 @@ def test_blocks_beyond_the_prefill_blame_the_peer(
     assert leases.expire(now=130.0) == ["req-1"]  # not counted as reading
 
 
+@pytest.mark.parametrize("wanted", ["", "mine"])
+@pytest.mark.parametrize("granted", ["", "mine"])
+def test_fetch_of_the_same_or_of_an_unknown_prompt_gets_the_blocks(
+    granted: str, wanted: str
+) -> None:
+    leases = LeaseTable(lease_s=10.0)
+    leases.grant("t", request_id="r", block_ids=(7, 8, 9), now=0.0, prompt_digest=granted)
+    assert leases.begin_fetch("t", block_offset=0, num_blocks=1, prompt_digest=wanted) == (7,)
+
+
+def test_fetch_of_another_prompt_blames_the_peer_and_protects_nothing() -> None:
+    leases = LeaseTable(lease_s=10.0)
+    leases.grant("t", request_id="r", block_ids=(7, 8, 9), now=0.0, prompt_digest="mine")
+    with pytest.raises(RemoteProtocolError, match="another prompt"):
+        leases.begin_fetch("t", block_offset=0, num_blocks=1, prompt_digest="yours")
+    assert leases.expire(10.0) == ["r"]
+
+
 def test_blocks_being_read_do_not_expire(leases: LeaseTable) -> None:
     begin(leases)
     assert leases.expire(now=1e9) == []

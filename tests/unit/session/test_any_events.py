@@ -148,6 +148,12 @@ class Sessions(RuleBasedStateMachine):
             host=host,
         )
 
+    @rule(pick=picks)
+    def abort(self, pick: int) -> None:
+        fetches = [(w, request_id) for w in self.world.consumers for request_id in sorted(w.asked)]
+        if fetches:
+            self.world.abort(*choose(fetches, pick))
+
     @rule(transfer_id=transfers, pick=picks)
     def release(self, transfer_id: str, pick: int) -> None:
         choose(self.world.producers, pick).producer.release(transfer_id)

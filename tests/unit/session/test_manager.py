@@ -160,6 +160,66 @@ def test_fetch_may_come_before_its_grant(pair: tuple[Engine, Engine]) -> None:
     assert consumer.worker.block(0, 1) == producer.worker.block(0, 6)
 
 
+def test_fetch_that_came_first_may_wait_longer_than_a_transfer_lasts() -> None:
+    patient = msgspec.structs.replace(CONFIG, transfer_timeout_s=0.05)
+    producer, consumer = make_engine(config=patient), make_engine(config=patient)
+    try:
+        consumer.manager.fetch(fetch_request(producer, "t2"))
+        consumer.manager.fetch(fetch_request(producer, wait_s=30.0))
+        assert isinstance(consumer.wait_fetched().error, TransferError)  # t2, which nobody grants
+        producer.manager.grant(GRANT)
+        result = consumer.wait_fetched()
+        assert (result.request_id, result.error) == ("decode-t1", None)
+        assert result.record.timeline.total_s < result.record.timeline.queued_s
+    finally:
+        producer.close()
+        consumer.close()
+
+
+def test_fetch_of_another_prompt_is_refused(pair: tuple[Engine, Engine]) -> None:
+    producer, consumer = pair
+    consumer.manager.fetch(fetch_request(producer, prompt_digest="yours"))
+    producer.manager.grant(replace(GRANT, prompt_digest="mine"))
+    assert "another prompt" in str(consumer.wait_fetched().error)
+
+
+def test_fetch_that_is_given_up_does_not_wait_for_its_grant(pair: tuple[Engine, Engine]) -> None:
+    producer, consumer = pair
+    consumer.manager.fetch(fetch_request(producer, wait_s=600.0))
+    # A second, complete fetch proves that the first one has reached the producer.
+    producer.manager.grant(Grant("t2", "prefill-t2", (0,)))
+    consumer.manager.fetch(fetch_request(producer, "t2", block_ids=(7,)))
+    assert consumer.wait_fetched().request_id == "decode-t2"
+    consumer.manager.give_up("decode-t1")
+    assert isinstance(consumer.wait_fetched().error, LeaseExpiredError)
+    producer.manager.grant(GRANT)  # too late: the session must stand it
+    consumer.manager.fetch(fetch_request(producer, "t1"))
+    assert consumer.wait_fetched().error is None
+
+
+def test_fetch_is_given_up_before_the_peer_has_answered() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        consumer = make_engine()
+        try:
+            request = fetch_request(consumer, remote_port=silent.getsockname()[1])
+            consumer.manager.fetch(replace(request, remote_engine_id="silent"))
+            consumer.manager.give_up("decode-t1")
+            assert "aborted" in str(consumer.wait_fetched().error)
+        finally:
+            consumer.close()
+
+
+def test_giving_up_what_has_ended_is_ignored(pair: tuple[Engine, Engine]) -> None:
+    producer, consumer = pair
+    producer.manager.grant(GRANT)
+    consumer.manager.fetch(fetch_request(producer))
+    assert consumer.wait_fetched().error is None
+    consumer.manager.give_up("decode-t1")
+    producer.manager.grant(Grant("t2", "prefill-t2", (0,)))
+    consumer.manager.fetch(fetch_request(producer, "t2", block_ids=(7,)))
+    assert consumer.wait_fetched().error is None
+
+
 def test_many_fetches_run_over_one_session(pair: tuple[Engine, Engine]) -> None:
     producer, consumer = pair
     for i in range(200):

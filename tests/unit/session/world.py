@@ -190,6 +190,10 @@ class World:
         worker.consumer.start(request, self.now)
         return request_id
 
+    def abort(self, worker: ConsumerRank, request_id: str) -> None:
+        """Nobody wants a request's blocks any more."""
+        worker.consumer.give_up(request_id, self.now)
+
     # What the network does
 
     def deliver_to_server(self, channel: Channel) -> None:
