@@ -49,6 +49,7 @@ from vllm_pd.transport.base import Heads, TransferOutcome, Transport
 
 logger = logging.getLogger(__name__)
 
+_MESSAGES_PER_POLL = 256  # of one peer, so that none starves the others
 _GOODBYE_LINGER_S = 0.2  # a lost goodbye costs the producer a forgotten session, no more
 _SILENT_S = 5.0  # an instance that did not answer in time is not asked again for so long
 
@@ -460,13 +461,14 @@ class Consumer:
 
     def _drain(self, session: _Session, now: float) -> None:
         # Messages first: an answer may lie there although the peer is gone by now.
-        while session.state is not SessionState.CLOSED:
+        for _ in range(_MESSAGES_PER_POLL):
             message = session.client.receive()
             if message is None:
-                break
+                session.client.check()
+                return
             self._handle(session, message, now)
-        if session.state is not SessionState.CLOSED:
-            session.client.check()
+            if session.state is SessionState.CLOSED:
+                return
 
     def _handle(self, session: _Session, message: AnyMessage, now: float) -> None:
         match message, session.state:
