@@ -1,4 +1,8 @@
-"""The JSON bodies of the two legs, made from the client's. Pure."""
+"""The JSON bodies of the two legs, made from the client's. Pure.
+
+The client's values are written into both legs as the client wrote them, not serialised
+again: bodies of many megabytes are mostly one prompt, or one image.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +10,18 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+import msgspec
+
 from vllm_pd.errors import RemoteProtocolError
 
 Body = Mapping[str, Any]
 
 KV_PARAMS = "kv_transfer_params"
+_EC_PARAMS = "ec_transfer_params"  # of encoder caches, likewise
+
+_RESPONSES = "/v1/responses"
+
+_EXTRA = "vllm_xargs"
 
 # Fields that the prefill leg does without: they shape the output, which is thrown
 # away, or contradict the ones that are overridden. Every one of them is still
@@ -23,15 +34,17 @@ _NOT_FOR_PREFILL = frozenset(
     {
         "best_of",
         "echo",
-        "logprob_token_ids",
-        "logprobs",
         "min_tokens",
         "prompt_logprobs",
         "return_token_ids",
         "stream_options",
-        "top_logprobs",
     }
 )
+
+_members: msgspec.json.Decoder[dict[str, msgspec.Raw]] = msgspec.json.Decoder(
+    dict[str, msgspec.Raw]
+)
+_encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
 
 def parse(raw: bytes) -> dict[str, Any] | None:
@@ -55,20 +68,40 @@ def parse(raw: bytes) -> dict[str, Any] | None:
         raise RemoteProtocolError("the JSON body is nested too deeply") from exc
     if not isinstance(body, dict):
         return None
-    body.pop(KV_PARAMS, None)
-    extra = body.get("vllm_xargs")
-    if isinstance(extra, dict):  # the engine takes the params from there, too
-        extra.pop(KV_PARAMS, None)
+    extra = body.get(_EXTRA)
+    for name in (KV_PARAMS, _EC_PARAMS):
+        body.pop(name, None)
+        if isinstance(extra, dict):  # the engine takes the params from there, too
+            extra.pop(name, None)
     return body
 
 
-def prefill_body(body: Body, transfer_id: str) -> dict[str, Any]:
+def verbatim(raw: bytes, body: Body) -> Body:
+    """Return a parsed body with its values as the client wrote them, for ``dump``.
+
+    Args:
+        raw: what ``body`` was parsed from.
+        body: the result of ``parse``; what it has dropped stays dropped.
+    """
+    try:
+        members = _members.decode(raw)
+    except (msgspec.DecodeError, RecursionError):
+        return body  # Python's parser takes more than JSON: NaN, UTF-16, lone surrogates
+    if _EXTRA in body:  # params may have been taken out of it
+        return {name: body[name] if name == _EXTRA else members[name] for name in body}
+    return {name: members[name] for name in body}
+
+
+def prefill_body(body: Body, transfer_id: str, *, path: str) -> dict[str, Any]:
     """Return the body that makes an instance prefill and keep the KV cache."""
     leg = {name: value for name, value in body.items() if name not in _NOT_FOR_PREFILL}
-    leg["max_tokens"] = 1
-    if "max_completion_tokens" in body:
-        leg["max_completion_tokens"] = 1
-    leg["n"] = 1
+    if path == _RESPONSES:
+        leg["max_output_tokens"] = 1
+        leg["store"] = False
+    else:
+        leg["max_tokens"] = 1
+        if "max_completion_tokens" in body:
+            leg["max_completion_tokens"] = 1
     leg["stream"] = False  # a streamed answer does not carry the params
     leg[KV_PARAMS] = {
         "do_remote_decode": True,
@@ -102,8 +135,16 @@ def kv_params_of(reply: bytes) -> dict[str, Any] | None:
 
 def dump(body: Body) -> bytes:
     """Return a body as JSON that ``json.loads`` reads back equal."""
-    text = json.dumps(body, ensure_ascii=False, separators=(",", ":"))
+    parts: list[Any] = []
+    for name, value in body.items():
+        text = value if isinstance(value, msgspec.Raw) else _dump(value)
+        parts += [b",", _dump(name), b":", text]
+    return b"".join([b"{", *parts[1:], b"}"])
+
+
+def _dump(value: object) -> bytes:
+    text = _encode(value)
     try:
         return text.encode()
     except UnicodeEncodeError:  # a lone surrogate, which only an escape can carry
-        return json.dumps(body, separators=(",", ":")).encode()
+        return json.dumps(value, separators=(",", ":")).encode()

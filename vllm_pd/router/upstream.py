@@ -1,19 +1,21 @@
-"""HTTP to the instances: one connection pool, and what its failures mean."""
+"""HTTP to the instances: pooled connections, timeouts, and what their failures mean."""
 
 from __future__ import annotations
 
-import io
+import asyncio
+import ssl
 from collections.abc import Mapping
 from dataclasses import dataclass
-from types import SimpleNamespace
+from functools import lru_cache
 from typing import Self
 
-import aiohttp
+from yarl import URL
 
 from vllm_pd.config import RouterConfig
+from vllm_pd.router.connection import BrokenAnswerError, Connection, request_head
 from vllm_pd.router.replies import SSE_CONTENT_TYPE
 
-UPSTREAM_ERRORS = (aiohttp.ClientError, OSError)
+UPSTREAM_ERRORS = (OSError,)
 """What a leg raises when the instance is gone, breaks off or is too slow."""
 
 # vLLM closes connections that were idle for 5 s; ours must be the first to let go.
@@ -21,16 +23,28 @@ _KEEPALIVE_S = 4.0
 _PROBE_TIMEOUT_S = 10.0
 
 
+class ConnectTimeoutError(TimeoutError):
+    """An instance could not be connected to in time."""
+
+
 def is_idle_timeout(exc: BaseException) -> bool:
     """Return whether an instance was connected but did not answer in time."""
-    return isinstance(exc, TimeoutError) and not isinstance(exc, aiohttp.ConnectionTimeoutError)
+    return isinstance(exc, TimeoutError) and not isinstance(exc, ConnectTimeoutError)
 
 
-@dataclass(slots=True)
-class _ConnectionTrace:
-    """Filled in by aiohttp's tracing while a request is sent."""
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Where connections lead; those to the same origin are interchangeable.
 
-    reused: bool = False
+    Attributes:
+        host: name or address.
+        port: TCP port.
+        tls: whether the connection is encrypted.
+    """
+
+    host: str
+    port: int
+    tls: bool
 
 
 class Answer:
@@ -43,95 +57,177 @@ class Answer:
         streamed: whether more bytes may follow.
     """
 
-    def __init__(self, response: aiohttp.ClientResponse, first: bytes) -> None:
-        self._response = response
-        self.first = first
-        self.status = response.status
-        self.headers = response.headers
-        self.streamed = _is_stream(response)
+    def __init__(self, pool: ConnectionPool, origin: Origin, connection: Connection) -> None:
+        self._pool = pool
+        self._origin = origin
+        self._connection: Connection | None = connection
+        self.status = connection.status
+        self.headers = connection.headers
+        self.first = b""
+        self.streamed = _is_stream(connection.headers)
 
-    @classmethod
-    async def begin(cls, response: aiohttp.ClientResponse) -> Self:
+    async def begin(self) -> Self:
         """Wait for the first bytes of a stream, or for the whole of any other body.
 
         Nothing has reached the client yet, so whoever fails here can be replaced.
 
         Raises:
-            aiohttp.ClientError: the instance broke off.
+            BrokenAnswerError: the instance broke off.
             TimeoutError: it was silent for too long.
         """
-        streamed = _is_stream(response)
+        assert self._connection is not None
+        read = self._connection.read if self.streamed else self._connection.read_all
         try:
-            first = await (response.content.readany() if streamed else response.read())
+            self.first = await read()
         except BaseException:
-            response.close()
+            self.close()
             raise
-        if streamed and not first:
-            response.close()
-            raise aiohttp.ClientPayloadError("the stream ended before its first byte")
-        return cls(response, first)
+        if self.streamed and not self.first:
+            self.close()
+            raise BrokenAnswerError("the stream ended before its first byte")
+        return self
 
     async def more(self) -> bytes:
         """Return the next bytes of a stream as they come; ``b""`` at its end.
 
         Raises:
-            aiohttp.ClientError: the instance broke off.
+            BrokenAnswerError: the instance broke off.
             TimeoutError: it was silent for too long.
         """
-        return await self._response.content.readany()
+        return b"" if self._connection is None else await self._connection.read()
 
     def close(self) -> None:
         """Give the connection up; if the answer is not complete, vLLM aborts the request."""
-        self._response.close()
+        if self._connection is not None:
+            self._pool.give_back(self._origin, self._connection)
+            self._connection = None
+
+
+class ConnectionPool:
+    """Idle connections by origin; a request takes the one that was used last."""
+
+    def __init__(self, connect_timeout_s: float) -> None:
+        self._connect_timeout_s = connect_timeout_s
+        self._idle: dict[Origin, list[Connection]] = {}
+        self._sweeper: asyncio.TimerHandle | None = None
+        self._is_closed = False
+        self._tls: ssl.SSLContext | None = None
+
+    def take(self, origin: Origin) -> Connection | None:
+        """Return an idle connection, if there is one."""
+        idle = self._idle.get(origin, [])
+        oldest = asyncio.get_running_loop().time() - _KEEPALIVE_S
+        while idle:
+            connection = idle.pop()
+            if not connection.is_closed and connection.idle_since > oldest:
+                return connection
+            connection.close()
+        return None
+
+    async def connect(self, origin: Origin) -> Connection:
+        """Open a connection.
+
+        Raises:
+            OSError: nobody listens there, or the name is unknown.
+            ConnectTimeoutError: it takes too long.
+        """
+        loop = asyncio.get_running_loop()
+        try:
+            async with asyncio.timeout(self._connect_timeout_s):
+                _, connection = await loop.create_connection(
+                    Connection, origin.host, origin.port, ssl=self._tls_of(origin)
+                )
+        except TimeoutError as exc:
+            raise ConnectTimeoutError(f"cannot connect to {origin.host}: {exc}") from exc
+        return connection
+
+    def give_back(self, origin: Origin, connection: Connection) -> None:
+        """End an exchange and keep its connection for the next, if it can be."""
+        connection.finish()
+        if connection.is_closed:
+            return
+        if self._is_closed:
+            connection.close()
+            return
+        loop = asyncio.get_running_loop()
+        connection.idle_since = loop.time()
+        self._idle.setdefault(origin, []).append(connection)
+        if self._sweeper is None:
+            self._sweeper = loop.call_later(_KEEPALIVE_S, self._sweep)
+
+    def close(self) -> None:
+        """Close the idle connections; those in use follow when they are given back."""
+        self._is_closed = True
+        if self._sweeper is not None:
+            self._sweeper.cancel()
+        for idle in self._idle.values():
+            for connection in idle:
+                connection.close()
+        self._idle.clear()
+
+    def _sweep(self) -> None:
+        """Close what was idle for too long."""
+        loop = asyncio.get_running_loop()
+        oldest = loop.time() - _KEEPALIVE_S
+        kept: dict[Origin, list[Connection]] = {}
+        for origin, idle in self._idle.items():
+            for connection in idle:
+                if connection.idle_since <= oldest:
+                    connection.close()
+                elif not connection.is_closed:
+                    kept.setdefault(origin, []).append(connection)
+        self._idle = kept
+        self._sweeper = loop.call_later(_KEEPALIVE_S / 4, self._sweep) if kept else None
+
+    def _tls_of(self, origin: Origin) -> ssl.SSLContext | None:
+        if origin.tls and self._tls is None:
+            self._tls = ssl.create_default_context()
+        return self._tls if origin.tls else None
 
 
 class Upstream:
     """Sends requests to instances; an async context that owns the connection pool."""
 
     def __init__(self, config: RouterConfig) -> None:
-        connect = config.connect_timeout_s
-        self._prefill_timeout = aiohttp.ClientTimeout(
-            total=config.prefill_timeout_s, connect=connect
-        )
-        self._decode_timeout = aiohttp.ClientTimeout(
-            connect=connect, sock_read=config.decode_idle_timeout_s
-        )
-        self._probe_timeout = aiohttp.ClientTimeout(total=_PROBE_TIMEOUT_S, connect=connect)
-        tracing = aiohttp.TraceConfig()
-        tracing.on_connection_reuseconn.append(_note_reuse)
-        self._session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEPALIVE_S),
-            cookie_jar=aiohttp.DummyCookieJar(),  # one client's cookies are not another's
-            auto_decompress=False,
-            skip_auto_headers=("Accept", "User-Agent", "Content-Type"),
-            trace_configs=[tracing],
-        )
+        self._pool = ConnectionPool(config.connect_timeout_s)
+        self._prefill_timeout_s = config.prefill_timeout_s
+        self._decode_idle_timeout_s = config.decode_idle_timeout_s
 
     async def __aenter__(self) -> Self:
         return self
 
     async def __aexit__(self, *exc_info: object) -> None:
-        await self._session.close()
+        self._pool.close()
 
     async def is_healthy(self, base_url: str) -> bool:
         """Ask an instance for its health."""
         try:
-            async with self._session.get(
-                f"{base_url}/health", timeout=self._probe_timeout, allow_redirects=False
-            ) as response:
-                return response.status == 200
+            answer = await self.fetch(f"{base_url}/health")
         except UPSTREAM_ERRORS:
             return False
+        return answer.status == 200
+
+    async def fetch(self, url: str) -> Answer:
+        """Return an instance's whole answer to a short question of the router's own.
+
+        Raises:
+            OSError: the instance is gone or broke off.
+            TimeoutError: it did not answer within 10 s.
+        """
+        async with asyncio.timeout(_PROBE_TIMEOUT_S):
+            answer = await self._exchange("GET", url, {"Accept": "*/*"}, None)
+        answer.close()
+        return answer
 
     async def prefill(self, url: str, headers: Mapping[str, str], body: bytes) -> Answer:
         """Send the prefill leg and return its whole answer.
 
         Raises:
-            aiohttp.ClientError: the instance is gone or broke off.
+            OSError: the instance is gone or broke off.
             TimeoutError: it did not answer within ``prefill_timeout_s``.
         """
-        response = await self._send("POST", url, headers, body, self._prefill_timeout)
-        return await Answer.begin(response)
+        async with asyncio.timeout(self._prefill_timeout_s):
+            return await self._exchange("POST", url, headers, body)
 
     async def decode(
         self, method: str, url: str, headers: Mapping[str, str], body: bytes | None
@@ -139,49 +235,64 @@ class Upstream:
         """Send a request to a decode instance and return the beginning of its answer.
 
         Raises:
-            aiohttp.ClientError: the instance is gone or broke off.
+            OSError: the instance is gone or broke off.
             TimeoutError: it was silent for ``decode_idle_timeout_s``.
         """
-        response = await self._send(method, url, headers, body, self._decode_timeout)
-        return await Answer.begin(response)
+        return await self._exchange(
+            method, url, headers, body, idle_timeout_s=self._decode_idle_timeout_s
+        )
 
-    async def _send(
+    async def _exchange(
         self,
         method: str,
         url: str,
         headers: Mapping[str, str],
         body: bytes | None,
-        timeout: aiohttp.ClientTimeout,  # noqa: ASYNC109  # aiohttp's own, not a deadline here
-    ) -> aiohttp.ClientResponse:
-        trace = _ConnectionTrace()
-        while True:
+        *,
+        idle_timeout_s: float | None = None,
+    ) -> Answer:
+        origin, target, host = _locate(url)
+        if body is not None:
+            headers = {**headers, "Content-Length": str(len(body))}
+        head = request_head(method, target, host, headers)
+        if (connection := self._pool.take(origin)) is not None:
             try:
-                return await self._session.request(
-                    method,
-                    url,
-                    headers=headers,
-                    # A file, since aiohttp warns of raw bytes beyond 1 MiB.
-                    data=None if body is None else io.BytesIO(body),
-                    timeout=timeout,
-                    allow_redirects=False,
-                    trace_request_ctx=trace,
-                )
-            except aiohttp.ClientConnectionError as exc:
+                return await self._ask(origin, connection, head, body, idle_timeout_s)
+            except BrokenAnswerError:
                 # The instance may have closed an idle connection just when it was
                 # taken from the pool. That says nothing about the instance: once more.
-                if not trace.reused or isinstance(exc, TimeoutError):
+                if connection.touched:
                     raise
-                trace.reused = False
+        connection = await self._pool.connect(origin)
+        return await self._ask(origin, connection, head, body, idle_timeout_s)
+
+    async def _ask(
+        self,
+        origin: Origin,
+        connection: Connection,
+        head: bytes,
+        body: bytes | None,
+        idle_timeout_s: float | None,
+    ) -> Answer:
+        try:
+            connection.send(head, body, idle_timeout_s)
+            await connection.head()
+        except BaseException:
+            self._pool.give_back(origin, connection)
+            raise
+        return await Answer(self._pool, origin, connection).begin()
 
 
-async def _note_reuse(
-    _session: aiohttp.ClientSession,
-    context: SimpleNamespace,
-    _params: aiohttp.TraceConnectionReuseconnParams,
-) -> None:
-    if context.trace_request_ctx is not None:  # probes have none
-        context.trace_request_ctx.reused = True
+@lru_cache(maxsize=1024)
+def _locate(url: str) -> tuple[Origin, str, str]:
+    """Return where an URL leads, the request target and the Host header."""
+    parsed = URL(url)
+    assert parsed.host is not None
+    assert parsed.port is not None
+    origin = Origin(parsed.host, parsed.port, parsed.scheme == "https")
+    return origin, parsed.raw_path_qs, parsed.host_port_subcomponent or parsed.host
 
 
-def _is_stream(response: aiohttp.ClientResponse) -> bool:
-    return response.content_type == SSE_CONTENT_TYPE
+def _is_stream(headers: Mapping[str, str]) -> bool:
+    content_type = headers.get("Content-Type", "").partition(";")[0]
+    return content_type.strip().lower() == SSE_CONTENT_TYPE

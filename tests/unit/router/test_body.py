@@ -3,19 +3,24 @@ from __future__ import annotations
 import json
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from vllm_pd.errors import RemoteProtocolError
 from vllm_pd.router import body
 
+COMPLETIONS = "/v1/completions"
+
 
 def test_the_prefill_leg_makes_one_token_and_keeps_the_blocks() -> None:
-    leg = body.prefill_body({"model": "m", "prompt": "a", "max_tokens": 9, "stream": True}, "t1")
+    leg = body.prefill_body(
+        {"model": "m", "prompt": "a", "max_tokens": 9, "stream": True}, "t1", path=COMPLETIONS
+    )
 
     assert leg == {
         "model": "m",
         "prompt": "a",
         "max_tokens": 1,
-        "n": 1,
         "stream": False,
         "kv_transfer_params": {
             "do_remote_decode": True,
@@ -30,8 +35,13 @@ def test_the_prefill_leg_makes_one_token_and_keeps_the_blocks() -> None:
 
 
 def test_the_prefill_leg_overrides_max_completion_tokens_only_if_the_client_sent_it() -> None:
-    assert body.prefill_body({"max_completion_tokens": 9}, "t")["max_completion_tokens"] == 1
-    assert "max_completion_tokens" not in body.prefill_body({}, "t")
+    assert (
+        body.prefill_body({"max_completion_tokens": 9}, "t", path=COMPLETIONS)[
+            "max_completion_tokens"
+        ]
+        == 1
+    )
+    assert "max_completion_tokens" not in body.prefill_body({}, "t", path=COMPLETIONS)
 
 
 @pytest.mark.parametrize(
@@ -39,30 +49,27 @@ def test_the_prefill_leg_overrides_max_completion_tokens_only_if_the_client_sent
     [
         "best_of",
         "echo",
-        "logprob_token_ids",
-        "logprobs",
         "min_tokens",
         "prompt_logprobs",
         "return_token_ids",
         "stream_options",
-        "top_logprobs",
     ],
 )
 def test_the_prefill_leg_drops_what_only_shapes_the_output(name: str) -> None:
-    assert name not in body.prefill_body({name: 1}, "t")
+    assert name not in body.prefill_body({name: 1}, "t", path=COMPLETIONS)
 
 
 @pytest.mark.parametrize(
     "name", ["tools", "tool_choice", "response_format", "chat_template_kwargs", "seed", "priority"]
 )
 def test_the_prefill_leg_keeps_what_may_change_the_prompt(name: str) -> None:
-    assert body.prefill_body({name: "value"}, "t")[name] == "value"
+    assert body.prefill_body({name: "value"}, "t", path=COMPLETIONS)[name] == "value"
 
 
 def test_the_legs_do_not_change_the_clients_body() -> None:
     client = {"prompt": "a", "max_tokens": 9}
 
-    body.prefill_body(client, "t")
+    body.prefill_body(client, "t", path=COMPLETIONS)
     body.decode_body(client, {"k": 1})
 
     assert client == {"prompt": "a", "max_tokens": 9}
@@ -117,3 +124,73 @@ def test_a_dumped_value_reads_back_equal(value: object) -> None:
 )
 def test_an_answer_without_params_has_none(reply: bytes) -> None:
     assert body.kv_params_of(reply) is None
+
+
+def dumped(raw: bytes) -> bytes:
+    parsed = body.parse(raw)
+    assert parsed is not None
+    return body.dump(body.verbatim(raw, parsed))
+
+
+def test_values_are_passed_on_as_the_client_wrote_them() -> None:
+    raw = b'{ "b" : [1,  2.50, 1E400], "a": "\\u00e4\\/" , "c":{"x":1,"x":2} }'
+
+    assert dumped(raw) == b'{"b":[1,  2.50, 1E400],"a":"\\u00e4\\/","c":{"x":1,"x":2}}'
+
+
+def test_of_a_field_that_comes_twice_the_last_one_counts() -> None:
+    assert dumped(b'{"a": 1, "b": 2, "a": 3}') == b'{"a":3,"b":2}'
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        b'{"kv_transfer_params": {"remote_host": "evil"}, "a": 1}',
+        b'{"kv\\u005ftransfer_params": {"remote_host": "evil"}, "a": 1}',
+        b'{"kv_transfer_params": 1, "a": 1, "kv_transfer_params": 2}',
+    ],
+)
+def test_a_transfer_that_the_client_names_is_in_no_leg(raw: bytes) -> None:
+    assert dumped(raw) == b'{"a":1}'
+
+
+def test_a_transfer_that_the_client_names_in_vllm_xargs_is_in_no_leg() -> None:
+    raw = b'{"vllm_xargs": {"kv_transfer_params": "x", "b": 1}, "a": 1}'
+
+    assert dumped(raw) == b'{"vllm_xargs":{"b":1},"a":1}'
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [b'{"a": NaN}', b'\xef\xbb\xbf{"a": 1}', '{"a": 1}'.encode("utf-16"), b'{"\\ud800": 1}', b"{}"],
+)
+def test_what_only_pythons_parser_takes_reads_back_equal(raw: bytes) -> None:
+    assert repr(json.loads(dumped(raw))) == repr(json.loads(raw))
+
+
+@given(
+    st.dictionaries(
+        st.text(max_size=3) | st.sampled_from([body.KV_PARAMS, "vllm_xargs", "n"]),
+        st.recursive(
+            st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
+            lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner),
+            max_leaves=6,
+        ),
+    ),
+    st.booleans(),
+    st.sampled_from([None, 1]),
+)
+def test_both_legs_are_made_as_if_from_the_parsed_body(
+    client: dict[str, object], ascii_only: bool, indent: int | None
+) -> None:
+    raw = json.dumps(client, ensure_ascii=ascii_only, indent=indent).encode()
+    parsed = body.parse(raw)
+    assert parsed is not None
+    members = body.verbatim(raw, parsed)
+
+    legs = (body.prefill_body(members, "t", path=COMPLETIONS), body.decode_body(members, {"k": 1}))
+
+    assert [json.loads(body.dump(leg)) for leg in legs] == [
+        body.prefill_body(parsed, "t", path=COMPLETIONS),
+        body.decode_body(parsed, {"k": 1}),
+    ]
