@@ -121,7 +121,7 @@ def two_legs(prefill_url: str, decode_url: str, prompt: Sequence[int]) -> Legs:
     """
     body = _body(prompt, 1)
     started = time.perf_counter()
-    answer = _complete(prefill_url, bodies.prefill_body(body, uuid.uuid4().hex))
+    answer = _complete(prefill_url, bodies.prefill_body(body, uuid.uuid4().hex, path=PATH))
     handed_over = time.perf_counter()
     params = answer.get(bodies.KV_PARAMS)
     if not params:

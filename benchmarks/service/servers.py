@@ -158,7 +158,7 @@ def served(
         **(env or {}),
     }
     url = f"http://127.0.0.1:{port}"
-    with _running(engine.folder / f"{name}.log", command, f"{url}/health", variables) as pid:
+    with running(engine.folder / f"{name}.log", command, f"{url}/health", variables) as pid:
         yield Instance(name, url, pid)
 
 
@@ -173,7 +173,7 @@ def routed(engine: Engine, name: str, prefill: Instance, decode: Instance) -> It
     command = [sys.executable, "-P", "-m", "vllm_pd.cli", "router", "--port", str(port)]
     command += ["--prefill", prefill.url, "--decode", decode.url]
     url = f"http://127.0.0.1:{port}"
-    with _running(engine.folder / f"{name}-router.log", command, f"{url}/ready", {}):
+    with running(engine.folder / f"{name}-router.log", command, f"{url}/ready", {}):
         yield Service(name, url, prefill, decode)
 
 
@@ -248,10 +248,14 @@ def _pids(run_dir: Path) -> dict[str, int]:
 
 
 @contextlib.contextmanager
-def _running(
+def running(
     log: Path, command: Sequence[str], ready_url: str, env: Mapping[str, str]
 ) -> Iterator[int]:
-    """Run a server until the end of the block; yield its process id once it is ready."""
+    """Run a server until the end of the block; yield its process id once it is ready.
+
+    Raises:
+        BenchError: it does not start.
+    """
     with log.open("wb") as file:
         process = _start(command, {**os.environ, **env}, file)
     try:

@@ -1,4 +1,4 @@
-"""The environment of the peers that are compared with: made on first use, beside the engine's."""
+"""The environments of the peers that are compared with: made on first use, beside the engine's."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.transfer.pair import BenchError
@@ -17,47 +19,68 @@ FOLDER = _BENCHMARKS / ".venv-peers"
 _INSTALL_TIMEOUT_S = 900.0
 
 
-def find_environment(folder: Path = FOLDER) -> Path | None:
+@dataclass(frozen=True, slots=True)
+class Packages:
+    """What an environment is made of.
+
+    Attributes:
+        folder: where it is made.
+        requirements: everything that is installed, without dependencies.
+        modules: what must be importable then.
+    """
+
+    folder: Path = FOLDER
+    requirements: Path = REQUIREMENTS
+    modules: Sequence[str] = ("nixl._api",)
+
+
+NIXL = Packages()
+
+
+def find_environment(packages: Packages = NIXL) -> Path | None:
     """Return the Python of a complete and current environment, if there is one."""
     try:
-        is_current = _marker(folder).read_text() == _describe()
+        is_current = _marker(packages).read_text() == _describe(packages)
     except OSError:
         return None
-    python = folder / "bin" / "python"
+    python = packages.folder / "bin" / "python"
     return python if is_current and python.exists() else None
 
 
-def describe_packages() -> str:
+def describe_packages(packages: Packages = NIXL) -> str:
     """Return what the environment is made of."""
-    lines = (line.partition("#")[0].strip() for line in REQUIREMENTS.read_text().splitlines())
+    lines = packages.requirements.read_text().splitlines()
+    lines = [line.partition("#")[0].strip() for line in lines]
     return ", ".join(line.replace("==", " ") for line in lines if line)
 
 
-def make_environment(folder: Path = FOLDER) -> Path:
+def make_environment(packages: Packages = NIXL) -> Path:
     """Make the environment; an old or incomplete one is replaced.
 
     Raises:
         BenchError: the packages cannot be installed.
     """
+    folder = packages.folder
     shutil.rmtree(folder, ignore_errors=True)
     python = folder / "bin" / "python"
     try:
         _run([sys.executable, "-m", "venv", str(folder)])
-        _run([str(python), "-m", "pip", "install", "--no-deps", "-r", str(REQUIREMENTS)])
-        _run([str(python), "-c", "import nixl._api"])
-        _marker(folder).write_text(_describe())
+        pip = [str(python), "-m", "pip", "install", "--no-deps"]
+        _run([*pip, "-r", str(packages.requirements)])
+        _run([str(python), "-c", f"import {', '.join(packages.modules)}"])
+        _marker(packages).write_text(_describe(packages))
     except OSError as exc:
         raise BenchError(f"the peers' environment cannot be made: {exc}") from exc
     return python
 
 
-def _marker(folder: Path) -> Path:
+def _marker(packages: Packages) -> Path:
     """Return the file whose content says what is installed; written last."""
-    return folder / "installed"
+    return packages.folder / "installed"
 
 
-def _describe() -> str:
-    return f"{sys.version}\n{REQUIREMENTS.read_text()}"
+def _describe(packages: Packages) -> str:
+    return f"{sys.version}\n{packages.requirements.read_text()}"
 
 
 def _run(argv: list[str]) -> None:

@@ -191,7 +191,7 @@ def test_ucx_over_tcp_is_told_so() -> None:
 def test_incomplete_environment_does_not_count(tmp_path: Path) -> None:
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / "python").touch()
-    assert peers.find_environment(tmp_path) is None
+    assert peers.find_environment(peers.Packages(folder=tmp_path)) is None
 
 
 def test_peers_are_pinned() -> None:
