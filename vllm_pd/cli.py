@@ -283,8 +283,12 @@ def logs(
 
 @app.command()
 def router(
-    prefill: Annotated[list[str], typer.Option(help="URL of a prefill instance; repeatable.")],
-    decode: Annotated[list[str], typer.Option(help="URL of a decode instance; repeatable.")],
+    prefill: Annotated[
+        list[str] | None, typer.Option(help="URL of a prefill instance; repeatable.")
+    ] = None,
+    decode: Annotated[
+        list[str] | None, typer.Option(help="URL of a decode instance; repeatable.")
+    ] = None,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on.")] = 8000,
     options: Annotated[
@@ -307,7 +311,12 @@ def router(
         datefmt="%m-%d %H:%M:%S",
     )
     values = _json_object(options, source="--options")
-    values |= {"host": host, "port": port, "prefill_urls": prefill, "decode_urls": decode}
+    values |= {
+        "host": host,
+        "port": port,
+        "prefill_urls": prefill or [],
+        "decode_urls": decode or [],
+    }
     return run(from_mapping(RouterConfig, values, source="router"))
 
 

@@ -50,6 +50,18 @@ class Role(enum.Enum):
     DECODE = "decode"
 
 
+class RoleLabel(enum.Enum):
+    """What an instance may be used for; can be changed while it serves."""
+
+    PREFILL = "prefill"
+    DECODE = "decode"
+    BOTH = "both"
+
+    def serves(self, role: Role) -> bool:
+        """Return whether requests in a role may go to an instance with this label."""
+        return self is RoleLabel.BOTH or self.value == role.value
+
+
 class Digests(enum.Enum):
     """How much of a transfer is verified before vLLM is told of it."""
 
@@ -147,6 +159,21 @@ class ConnectorConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
         return names
 
 
+class InstanceSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One instance, as the router is told of it.
+
+    Attributes:
+        url: base URL of its HTTP server.
+        role: what it may be used for.
+        control: ``host:port`` of its control endpoint; None: what it runs, and what it
+            keeps for others, is not known.
+    """
+
+    url: str
+    role: RoleLabel = RoleLabel.BOTH
+    control: str | None = None
+
+
 class RouterConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The router's options.
 
@@ -155,22 +182,72 @@ class RouterConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         port: port to listen on.
         prefill_urls: base URLs of the prefill instances.
         decode_urls: base URLs of the decode instances.
+        instances: further instances, with roles and control endpoints.
+        instances_file: YAML file of further instances, read again when it changes.
+        cluster_key_file: key of the instances' control endpoints, made by ``vllm-pd
+            keygen``; without it only those on this host are spoken to.
+        admin_key_file: file with the key of ``/admin``; without it there is no ``/admin``.
         connect_timeout_s: longest wait for a TCP connection to an instance.
         prefill_timeout_s: longest wait for the prefill leg.
         decode_idle_timeout_s: longest silence of the decode leg.
         max_body_len: largest request body, in bytes.
+        min_prefill_tokens: prompts with fewer tokens that the decode instance has not
+            cached are prefilled there, if it has room; 0: none are. Lengths are estimates.
+        max_local_prefill_tokens: largest number of uncached prompt tokens that a decode
+            instance may have to prefill at one time for requests that could be
+            disaggregated.
+        local_prefill_cost: how many times as dear a prompt token is on a decode instance
+            as on a prefill instance; a prompt is prefilled where it is decoded if that
+            is cheaper than the queue of the prefill instance. None: never for that reason.
+        early_decode: send the decode leg while its prefill still runs, so that it loses no
+            time when the KV cache is there.
         health_interval_s: pause between two health probes of an instance.
+        health_failures: failed probes in a row that take an instance out of use.
+        health_successes: good probes in a row that bring it back.
+        breaker_failures: failed requests in a row that stop requests to an instance.
+        breaker_backoff_s: first pause before it gets a request again; doubled for each
+            further failure.
+        breaker_max_backoff_s: longest such pause.
+        prefill_max_concurrent: most prefills at the same time, per prefill instance.
+        decode_max_concurrent: most requests at the same time, per decode instance.
+        max_queue: most requests that wait for a prefill, and most that wait for a
+            decode instance; 0: none waits.
+        queue_timeout_s: longest wait in each of these queues.
+        api_keys_file: names and keys of the clients; None: everybody is served.
+        upstream_key_file: the key that the instances expect; None: see
+            ``router.api_keys``.
     """
 
     host: str = "127.0.0.1"
     port: int = DEFAULT_ROUTER_PORT
     prefill_urls: tuple[str, ...] = ()
     decode_urls: tuple[str, ...] = ()
+    instances: tuple[InstanceSpec, ...] = ()
+    instances_file: str | None = None
+    cluster_key_file: str | None = None
+    admin_key_file: str | None = None
     connect_timeout_s: float = 3.0
     prefill_timeout_s: float = 600.0
     decode_idle_timeout_s: float = 600.0
     max_body_len: int = 64 * 1024 * 1024
+    # The length from which a prefill leg pays depends on model and hardware, and decode
+    # instances are sized for decoding: unless they are told to, they prefill nothing.
+    min_prefill_tokens: int = 0
+    max_local_prefill_tokens: int = 8192
+    local_prefill_cost: float | None = None
+    early_decode: bool = True
     health_interval_s: float = 1.0
+    health_failures: int = 3
+    health_successes: int = 2
+    breaker_failures: int = 5
+    breaker_backoff_s: float = 1.0
+    breaker_max_backoff_s: float = 30.0
+    prefill_max_concurrent: int = 4096
+    decode_max_concurrent: int = 4096
+    max_queue: int = 1024
+    queue_timeout_s: float = 60.0
+    api_keys_file: str | None = None
+    upstream_key_file: str | None = None
 
     def __post_init__(self) -> None:
         for url in (*self.prefill_urls, *self.decode_urls):
@@ -182,8 +259,23 @@ class RouterConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             "prefill_timeout_s",
             "decode_idle_timeout_s",
             "health_interval_s",
+            "health_failures",
+            "health_successes",
+            "breaker_failures",
+            "breaker_backoff_s",
+            "breaker_max_backoff_s",
             "max_body_len",
+            "prefill_max_concurrent",
+            "decode_max_concurrent",
+            "queue_timeout_s",
         )
+        if self.max_queue < 0:
+            raise ValueError(f"max_queue must not be negative, not {self.max_queue}")
+        for name in ("min_prefill_tokens", "max_local_prefill_tokens"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, not {getattr(self, name)}")
+        if self.local_prefill_cost is not None:
+            _check_positive(self, "local_prefill_cost")
         if not 1 <= self.port <= 65535:
             raise ValueError(f"{self.port} is not a port")
 
@@ -303,6 +395,15 @@ def load_topology(path: Path) -> Topology:
     Raises:
         ConfigError: the file cannot be read, is not YAML, or has a wrong value.
     """
+    return from_mapping(Topology, load_mapping(path), source=str(path))
+
+
+def load_mapping(path: Path) -> dict[str, Any]:
+    """Read a YAML file of keys and values.
+
+    Raises:
+        ConfigError: it cannot be read, or is something else.
+    """
     try:
         values = yaml.safe_load(path.read_text())
     except (OSError, UnicodeDecodeError) as exc:
@@ -311,4 +412,4 @@ def load_topology(path: Path) -> Topology:
         raise ConfigError(f"{path} is not YAML: {' '.join(str(exc).split())}") from exc
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: expected a mapping at the top level")
-    return from_mapping(Topology, values, source=str(path))
+    return values

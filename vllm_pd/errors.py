@@ -15,10 +15,16 @@ PDError
 │   ├── TransferTimeoutError
 │   ├── DigestMismatchError
 │   └── LeaseExpiredError
-└── NoInstanceError          the router has nowhere to send: HTTP 503
+├── NoInstanceError          the router has nowhere to send: HTTP 503
+└── OverloadedError          too many requests: HTTP 429
 """
 
 from __future__ import annotations
+
+import math
+
+MAX_RETRY_AFTER_S = 60
+"""OpenAI's client libraries may ignore a longer one."""
 
 
 class PDError(Exception):
@@ -88,3 +94,19 @@ class LeaseExpiredError(TransferError):
 
 class NoInstanceError(PDError):
     """No healthy instance of the needed role can take the request."""
+
+
+class OverloadedError(PDError):
+    """There is no place for the request now: HTTP 429.
+
+    Args:
+        message: what is full.
+        wait_s: in how many seconds the client may expect a place.
+
+    Attributes:
+        retry_after_s: the same in whole seconds, for the header ``Retry-After``.
+    """
+
+    def __init__(self, message: str, *, wait_s: float) -> None:
+        super().__init__(message)
+        self.retry_after_s = math.ceil(min(max(wait_s, 1.0), MAX_RETRY_AFTER_S))

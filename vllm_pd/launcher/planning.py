@@ -95,12 +95,6 @@ def make_plan(
     for args in (topology.args, *(group.args for group in groups.values())):
         _check_args(args)
     placements, warnings = place(groups, machine.pool, device=machine.device)
-    tps = {role: group.tp for role, group in groups.items()}
-    if tps[Role.PREFILL] != tps[Role.DECODE]:
-        warnings.append(
-            f"prefill has TP {tps[Role.PREFILL]} and decode TP {tps[Role.DECODE]}: KV cache cannot "
-            "be handed over between unequal sizes yet, so decode computes every prompt again"
-        )
     kv_transfer_config = _kv_transfer_config(topology, machine.device, cluster_key_file)
     instances = [
         _instance(topology, machine, p, model=model, kv_transfer_config=kv_transfer_config)
@@ -109,7 +103,7 @@ def make_plan(
     if machine.device == "cpu":
         kv_space = _cpu_kv_space(topology, machine, len(placements), environ)
         instances = [_with_default_env(spec, kv_space) for spec in instances]
-    router = _router(topology, instances)
+    router = _router(topology, instances, cluster_key_file)
     plan = DeploymentPlan(
         model=model.path,
         served_model_name=model.name,
@@ -279,7 +273,9 @@ def _with_default_env(spec: ProcessSpec, env: Mapping[str, str]) -> ProcessSpec:
     return msgspec.structs.replace(spec, env={**env, **spec.env})
 
 
-def _router(topology: Topology, instances: Sequence[ProcessSpec]) -> ProcessSpec:
+def _router(
+    topology: Topology, instances: Sequence[ProcessSpec], cluster_key_file: Path
+) -> ProcessSpec:
     """Return the router's process."""
     config = topology.router
     url = http_url(config.host, config.port)
@@ -289,8 +285,10 @@ def _router(topology: Topology, instances: Sequence[ProcessSpec]) -> ProcessSpec
     limits = non_default(config)
     for key in ("host", "port", "prefill_urls", "decode_urls"):
         limits.pop(key, None)
-    if limits:
-        argv += ["--options", json.dumps(limits)]
+    limits.setdefault(
+        "cluster_key_file", topology.connector.cluster_key_file or str(cluster_key_file)
+    )
+    argv += ["--options", json.dumps(limits)]
     return ProcessSpec(
         name=ROUTER,
         role=ROUTER,

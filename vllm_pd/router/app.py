@@ -3,21 +3,34 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
+import gc
 import logging
+import random
+import resource
 import signal
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from http import HTTPStatus
+from pathlib import Path
 
 from aiohttp import web
 from prometheus_client import CONTENT_TYPE_LATEST
-from yarl import URL
 
 from vllm_pd.config import Role, RouterConfig
 from vllm_pd.errors import ConfigError
+from vllm_pd.router import policy
+from vllm_pd.router.admin import Admin, AdminKey
+from vllm_pd.router.admission import Stage
+from vllm_pd.router.affinity import AffinityIndex
+from vllm_pd.router.api_keys import Access
+from vllm_pd.router.describe import ControlLink
+from vllm_pd.router.health import HealthLimits
 from vllm_pd.router.instances import InstancePool
+from vllm_pd.router.instances_file import InstancesFile
 from vllm_pd.router.metrics import Metrics
-from vllm_pd.router.proxy import Proxy
+from vllm_pd.router.probes import Probes
+from vllm_pd.router.proxy import Backend, Proxy
 from vllm_pd.router.replies import error_response
 from vllm_pd.router.upstream import Upstream
 
@@ -25,20 +38,34 @@ logger = logging.getLogger(__name__)
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
+ACCESS = web.AppKey("access", Access)
 CONFIG = web.AppKey("config", RouterConfig)
 METRICS = web.AppKey("metrics", Metrics)
 POOL = web.AppKey("pool", InstancePool)
 PROXY = web.AppKey("proxy", Proxy)
+RNG = web.AppKey("rng", random.Random)
+
+_BACKLOG = 2048
+"""Connections that may wait to be accepted; aiohttp's default is less than clients in a burst."""
+
+_GC_THRESHOLDS = (50_000, 20, 100)
 
 SHUTDOWN_TIMEOUT_S = 10.0
 """Longest wait for open requests when the router is told to stop."""
 
 
-def create_app(config: RouterConfig) -> web.Application:
+def create_app(config: RouterConfig, *, rng: random.Random | None = None) -> web.Application:
     """Return the application; its resources live from its startup to its cleanup.
 
     Serve it with ``handler_cancellation=True``: a client's disconnect must end the
     request on the instances.
+
+    Args:
+        config: of the router.
+        rng: decides between instances that are equal.
+
+    Raises:
+        ConfigError: a key file cannot be used.
     """
     app = web.Application(
         middlewares=[_errors_like_vllm],
@@ -46,18 +73,27 @@ def create_app(config: RouterConfig) -> web.Application:
         client_max_size=config.max_body_len + 1,
     )
     app[CONFIG] = config
+    app[RNG] = rng or random.Random()
     app[METRICS] = Metrics()
+    app[ACCESS] = Access.from_config(config)
     app.cleanup_ctx.append(_resources)
     app.add_routes(
         [
             web.post("/v1/completions", _generate),
             web.post("/v1/chat/completions", _generate),
-            web.get("/v1/models", _models, allow_head=False),
+            web.post("/v1/responses", _generate),
+            web.post("/v1/embeddings", _forward),
+            web.post("/tokenize", _forward),
+            web.post("/detokenize", _forward),
+            web.get("/v1/models", _forward, allow_head=False),
             web.get("/health", _health, allow_head=False),
             web.get("/ready", _ready, allow_head=False),
             web.get("/metrics", _metrics, allow_head=False),
         ]
     )
+    if config.admin_key_file is not None:
+        key = AdminKey.read(Path(config.admin_key_file))
+        app.add_routes(Admin(key, lambda request: request.app[POOL]).routes())
     return app
 
 
@@ -68,11 +104,12 @@ def run(config: RouterConfig) -> int:
         The process's exit code.
 
     Raises:
-        ConfigError: the address cannot be used, a role has no instance, or an
-            instance's address is none.
+        ConfigError: the address or a file cannot be used, a role has no instance, or
+            an instance's address is none.
     """
-    _check_instances(Role.PREFILL, config.prefill_urls)
-    _check_instances(Role.DECODE, config.decode_urls)
+    _check_instances(config)
+    _allow_many_connections()
+    _collect_garbage_rarely()
     with asyncio.Runner(loop_factory=_loop_factory()) as runner:
         runner.run(_run_until_signal(config))
     return 0
@@ -92,7 +129,7 @@ async def serve(config: RouterConfig, stop: asyncio.Event) -> None:
     )
     await runner.setup()
     try:
-        site = web.TCPSite(runner, config.host, config.port)
+        site = web.TCPSite(runner, config.host, config.port, backlog=_BACKLOG)
         try:
             await site.start()
         except OSError as exc:
@@ -118,16 +155,34 @@ async def _run_until_signal(config: RouterConfig) -> None:
     await serve(config, stop)
 
 
-def _check_instances(role: Role, urls: Collection[str]) -> None:
-    if not urls:
-        raise ConfigError(f"no {role.value} instance given", hint=f"set {role.value}_urls")
-    for url in urls:
-        try:
-            host = URL(url).host
-        except ValueError as exc:
-            raise ConfigError(f"{role.value} instance address {url!r}: {exc}") from exc
-        if not host:
-            raise ConfigError(f"{role.value} instance address {url!r} has no host")
+def _allow_many_connections() -> None:
+    """Lift the limit of descriptors, of which a stream takes two, as far as is allowed."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
+def _collect_garbage_rarely() -> None:
+    """Spare what lives as long as the process, and look at the rest less often.
+
+    With thousands of streams, a full collection at Python's default pace stops all of
+    them for tens of milliseconds.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(*_GC_THRESHOLDS)
+
+
+def _check_instances(config: RouterConfig) -> None:
+    if config.instances_file is not None or config.admin_key_file is not None:
+        return  # they may come later
+    given = {
+        Role.PREFILL: bool(config.prefill_urls),
+        Role.DECODE: bool(config.decode_urls),
+    }
+    for role, is_given in given.items():
+        if not is_given and not any(spec.role.serves(role) for spec in config.instances):
+            raise ConfigError(f"no {role.value} instance given", hint=f"set {role.value}_urls")
 
 
 def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
@@ -149,20 +204,76 @@ def _listen_error(config: RouterConfig, exc: OSError) -> ConfigError:
 
 async def _resources(app: web.Application) -> AsyncIterator[None]:
     config = app[CONFIG]
-    async with Upstream(config) as upstream:
+    async with contextlib.AsyncExitStack() as stack:
+        probes = await stack.enter_async_context(Probes(connect_timeout_s=config.connect_timeout_s))
+        upstream = await stack.enter_async_context(Upstream(config))
+        control = ControlLink(config.cluster_key_file)
+        stack.callback(control.close)
         pool = InstancePool(
             config.prefill_urls,
             config.decode_urls,
-            probe=upstream.is_healthy,
+            probe=probes.is_healthy,
             health_interval_s=config.health_interval_s,
+            scrape=probes.metrics_text,
+            control=control,
+            limits=_limits(config),
         )
+        for spec in config.instances:
+            pool.add(spec)
+        index = AffinityIndex()
+        pool.subscribe(lambda instance: index.forget(instance.base_url))
+        stages = {
+            role: Stage(
+                role.value,
+                capacity=_capacity(config, role, 1),
+                max_queue=config.max_queue,
+                queue_timeout_s=config.queue_timeout_s,
+            )
+            for role in Role
+        }
+        backend = Backend(pool, upstream, control, index, stages, app[ACCESS], app[RNG])
         app[POOL] = pool
-        app[PROXY] = Proxy(pool, upstream, app[METRICS], max_body_len=config.max_body_len)
+        app[PROXY] = Proxy(backend, app[METRICS], config)
+        followed = [app[ACCESS].watch(), _follow_capacity(config, pool, stages)]
+        if config.instances_file is not None:
+            file = InstancesFile(Path(config.instances_file), pool)
+            followed.append(file.watch(config.health_interval_s))
         await pool.start()
+        stack.push_async_callback(pool.stop)
+        tasks = [asyncio.create_task(task) for task in followed]
         try:
             yield
         finally:
-            await pool.stop()
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _follow_capacity(
+    config: RouterConfig, pool: InstancePool, stages: Mapping[Role, Stage]
+) -> None:
+    """Let as many requests through as the instances that are there can take."""
+    while True:
+        for role, stage in stages.items():
+            # Without any instance requests are refused and not queued.
+            stage.resize(_capacity(config, role, max(1, pool.num_accepting(role))))
+        await asyncio.sleep(config.health_interval_s)
+
+
+def _capacity(config: RouterConfig, role: Role, num_instances: int) -> int:
+    is_prefill = role is Role.PREFILL
+    each = config.prefill_max_concurrent if is_prefill else config.decode_max_concurrent
+    return each * num_instances
+
+
+def _limits(config: RouterConfig) -> HealthLimits:
+    return HealthLimits(
+        config.health_failures,
+        config.health_successes,
+        config.breaker_failures,
+        config.breaker_backoff_s,
+        config.breaker_max_backoff_s,
+    )
 
 
 @web.middleware
@@ -190,8 +301,8 @@ async def _generate(request: web.Request) -> web.StreamResponse:
     return await request.app[PROXY].generate(request)
 
 
-async def _models(request: web.Request) -> web.StreamResponse:
-    return await request.app[PROXY].models(request)
+async def _forward(request: web.Request) -> web.StreamResponse:
+    return await request.app[PROXY].forward(request)
 
 
 async def _health(_request: web.Request) -> web.Response:
@@ -200,9 +311,10 @@ async def _health(_request: web.Request) -> web.Response:
 
 async def _ready(request: web.Request) -> web.Response:
     pool = request.app[POOL]
-    ready = all(pool.has_healthy(role) for role in Role)
+    ready = policy.has_pair(pool.snapshot(Role.PREFILL), pool.snapshot(Role.DECODE))
     instances = [
-        {"role": one.role.value, "url": one.base_url, "healthy": one.healthy} for one in pool
+        {"role": one.role.value, "url": one.base_url, "healthy": pool.is_accepting(one)}
+        for one in pool
     ]
     return web.json_response({"ready": ready, "instances": instances}, status=200 if ready else 503)
 

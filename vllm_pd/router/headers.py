@@ -13,6 +13,9 @@ REQUEST_ID = "X-Request-Id"
 PD_PATH = "X-VLLM-PD-Path"
 """Tells the client how its request was served: one of the ``PATH_*`` values."""
 
+PRIORITY = "X-Priority"
+"""Orders a request in the router's queues, over the body's ``priority``."""
+
 PATH_DISAGGREGATED = "disaggregated"
 PATH_DECODE_ONLY = "decode-only"
 
@@ -38,6 +41,7 @@ _NOT_TO_INSTANCE = _HOP_BY_HOP | {
     "content-length",
     "expect",
     "host",
+    "x-data-parallel-rank",  # picks an engine: not for clients
     REQUEST_ID.lower(),
 }
 _NOT_TO_CLIENT = _HOP_BY_HOP | {

@@ -1,104 +1,209 @@
-"""The instances behind the router: their health and how busy the router keeps them."""
+"""The instances behind the router: who belongs to it, and who may get a request now."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import logging
-from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator
-from dataclasses import dataclass, field
+import time
+from collections.abc import Callable, Iterable, Iterator
 
-from vllm_pd.config import Role
-from vllm_pd.router import policy
+from vllm_pd.config import InstanceSpec, Role, RoleLabel
+from vllm_pd.router.addresses import base_url, control_address, instance_id
+from vllm_pd.router.health import Breaker, HealthLimits, ProbeHistory
+from vllm_pd.router.instance import Instance, describe
+from vllm_pd.router.loads import Work
 from vllm_pd.router.policy import InstanceView
+from vllm_pd.router.watcher import Control, Probe, Scrape, Sources, Watcher
+
+__all__ = ["Instance", "InstancePool", "Use", "describe"]
 
 logger = logging.getLogger(__name__)
-
-Probe = Callable[[str], Awaitable[bool]]
-"""Asks the instance at a base URL for its health."""
 
 FIRST_PROBE_WAIT_S = 1.0
 """Longest wait for the first round of probes; instances may come up later."""
 
+_NO_WORK = Work()
 
-@dataclass(slots=True, eq=False)
-class Instance:
-    """One running vLLM server.
 
-    Attributes:
-        role: what the router uses it for.
-        base_url: address without a trailing slash.
-        healthy: whether new requests may go there.
-        in_flight: requests that the router has open there.
-        probed: set once the first probe has been answered or failed.
-        probe_now: set when the next probe must not wait.
+class Use:
+    """One request on one instance; says how it went there, at most once.
+
+    A request that says nothing, as its client left or the instance refused it, speaks
+    neither for nor against the instance.
     """
 
-    role: Role
-    base_url: str
-    healthy: bool = False
-    in_flight: int = 0
-    probed: asyncio.Event = field(default_factory=asyncio.Event)
-    probe_now: asyncio.Event = field(default_factory=asyncio.Event)
+    def __init__(self, pool: InstancePool, instance: Instance, clock: Callable[[], float]) -> None:
+        self._pool = pool
+        self._instance = instance
+        self._clock = clock
+        self._breaker = instance.breaker  # the instance gets another one when it restarts
+        self._ticket = self._breaker.begin(clock())
 
-    def view(self) -> InstanceView:
-        """Return the instance as it is now."""
-        return InstanceView(self.role, self.base_url, self.healthy, self.in_flight)
+    def succeeded(self) -> None:
+        """The instance does what it was asked for; of a stream, it has sent the beginning."""
+        self._breaker.succeed(self._ticket)
+
+    def failed(self, cause: BaseException) -> None:
+        """The instance is gone, broke off or was too slow: its next probe decides."""
+        self._breaker.fail(self._ticket, self._clock())
+        self._pool.mark_unhealthy(self._instance, cause)
+
+    def end(self) -> None:
+        """The request is over."""
+        self._breaker.abandon(self._ticket)
 
 
 class InstancePool:
-    """Instances by role, watched in the background between ``start`` and ``stop``.
+    """Instances with their roles, watched in the background between ``start`` and ``stop``.
 
-    An instance is unhealthy until it answers a probe, and again from a failed
-    request or probe to the next probe that succeeds.
+    All methods are to be called from the thread of the event loop. What they return
+    holds until the next await.
+
+    Args:
+        prefill_urls: instances to prefill with.
+        decode_urls: instances to decode with; one that is in both lists does both.
+        probe: asks an instance for its health.
+        health_interval_s: pause between two looks at an instance.
+        scrape: asks an instance for its metrics; None: its load is not known.
+        control: asks control endpoints; None: nobody is asked.
+        limits: how much it takes to change the mind about an instance.
+        clock: a monotonic clock, in seconds.
+
+    Raises:
+        ConfigError: an address is none.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913  # all that it cannot do by itself is given to it
         self,
         prefill_urls: Iterable[str],
         decode_urls: Iterable[str],
         *,
         probe: Probe,
         health_interval_s: float,
+        scrape: Scrape | None = None,
+        control: Control | None = None,
+        limits: HealthLimits = HealthLimits(),  # noqa: B008  # frozen
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._instances = {
-            Role.PREFILL: _by_url(Role.PREFILL, prefill_urls),
-            Role.DECODE: _by_url(Role.DECODE, decode_urls),
-        }
-        self._turns = dict.fromkeys(Role, 0)
-        self._probe = probe
-        self._health_interval_s = health_interval_s
-        self._watchers: list[asyncio.Task[None]] = []
+        self._sources = Sources(probe, scrape, control, health_interval_s)
+        self._limits = limits
+        self._clock = clock
+        self._instances: dict[str, Instance] = {}  # by base URL
+        self._watchers: dict[str, Watcher] = {}  # likewise
+        self._stopping: set[asyncio.Task[None]] = set()
+        self._on_lost: list[Callable[[Instance], None]] = []
+        self._running = False
+        for url in prefill_urls:
+            self.add(InstanceSpec(url=url, role=RoleLabel.PREFILL))
+        for url in decode_urls:
+            known = self.get(instance_id(base_url(url)))
+            role = RoleLabel.BOTH if known and known.serves(Role.PREFILL) else RoleLabel.DECODE
+            self.add(InstanceSpec(url=url, role=role))
 
     def __iter__(self) -> Iterator[Instance]:
-        for group in self._instances.values():
-            yield from group.values()
+        return iter(tuple(self._instances.values()))
+
+    def get(self, name: str) -> Instance | None:
+        """Return the instance with this id, or None if it does not belong here."""
+        return next((one for one in self if one.instance_id == name), None)
+
+    def subscribe(self, on_lost: Callable[[Instance], None]) -> None:
+        """Call ``on_lost`` whenever an instance has lost what it cached, or is removed."""
+        self._on_lost.append(on_lost)
+
+    def add(self, spec: InstanceSpec) -> Instance:
+        """Register an instance, or change the one at this address; that ends its drain.
+
+        Raises:
+            ConfigError: an address is none; nothing has changed then.
+        """
+        url = base_url(spec.url)
+        control = None if spec.control is None else control_address(spec.control)
+        instance = self.get(instance_id(url))
+        if instance is not None and instance.base_url != url:  # the other scheme
+            self.remove(instance)
+            instance = None
+        if instance is None:
+            return self._add(
+                Instance(url, spec.role, control, ProbeHistory(self._limits), Breaker(self._limits))
+            )
+        self.relabel(instance, spec.role)
+        if instance.control != control:
+            instance.control, instance.engine_id, instance.fingerprint = control, None, None
+        if instance.draining:
+            instance.draining = False
+            logger.info("%s instance %s drains no more", instance.role.value, url)
+        instance.learn_now.set()
+        return instance
+
+    def relabel(self, instance: Instance, role: RoleLabel) -> None:
+        """Change what an instance is used for; its open requests go on."""
+        if instance.role is not role:
+            logger.info(
+                "%s instance %s becomes %s", instance.role.value, instance.base_url, role.value
+            )
+            instance.role = role
+
+    def drain(self, instance: Instance) -> None:
+        """Send no new requests to an instance, and remove it once nobody needs it.
+
+        That is when its requests are over and what it keeps for others has been
+        fetched. Without a control endpoint only the router's own requests count.
+        """
+        if not instance.draining:
+            logger.info("%s instance %s drains", instance.role.value, instance.base_url)
+            instance.draining = True
+            instance.learn_now.set()
+
+    def remove(self, instance: Instance) -> None:
+        """Forget an instance at once; its open requests go on. Idempotent."""
+        url = instance.base_url
+        if self._instances.get(url) is not instance:
+            return
+        del self._instances[url]
+        logger.info("%s instance %s is removed", instance.role.value, url)
+        if watcher := self._watchers.pop(url, None):
+            task = asyncio.create_task(watcher.stop())
+            self._stopping.add(task)
+            task.add_done_callback(self._stopping.discard)
+        self._tell_lost(instance)
 
     def snapshot(self, role: Role) -> tuple[InstanceView, ...]:
         """Return the instances of a role as they are now."""
-        return tuple(instance.view() for instance in self._instances[role].values())
+        now = self._clock()
+        return tuple(one.view(role, now) for one in self._instances.values() if one.serves(role))
 
     def has_healthy(self, role: Role) -> bool:
         """Return whether a request could be sent to a role now."""
-        return any(instance.healthy for instance in self._instances[role].values())
+        return self.num_accepting(role) > 0
 
-    def pick(self, role: Role, *, tried: Collection[str] = ()) -> Instance | None:
-        """Choose where a request goes, or None if no instance is left for it."""
-        turn = self._turns[role]
-        view = policy.pick_round_robin(self.snapshot(role), turn=turn, tried=tried)
-        if view is None:
-            return None
-        self._turns[role] = turn + 1
-        return self._instances[role][view.base_url]
+    def is_accepting(self, instance: Instance) -> bool:
+        """Return whether new requests may go to an instance now."""
+        return instance.accepts(self._clock())
+
+    def num_accepting(self, role: Role) -> int:
+        """Return how many instances of a role may get new requests now."""
+        now = self._clock()
+        return sum(one.accepts(now) for one in self._instances.values() if one.serves(role))
+
+    def at(self, view: InstanceView) -> Instance:
+        """Return the instance that a view of this moment shows."""
+        return self._instances[view.base_url]
 
     @contextlib.contextmanager
-    def in_use(self, instance: Instance) -> Iterator[None]:
+    def in_use(self, instance: Instance, work: Work = _NO_WORK) -> Iterator[Use]:
         """Count a request as open on an instance for the time of the context."""
+        use = Use(self, instance, self._clock)
         instance.in_flight += 1
         try:
-            yield
+            with instance.ledger.open(work):
+                yield use
         finally:
             instance.in_flight -= 1
+            use.end()
+            if instance.draining:
+                instance.learn_now.set()
 
     def mark_unhealthy(self, instance: Instance, cause: BaseException) -> None:
         """Send nothing more to an instance until a probe of it succeeds.
@@ -107,7 +212,7 @@ class InstancePool:
         engine could not cope with it, the instance is back after one round trip.
         """
         if instance.healthy:
-            instance.healthy = False
+            instance.probes.note_failed_request()
             instance.probe_now.set()
             logger.warning(
                 "%s instance %s is out of use: %s",
@@ -118,7 +223,9 @@ class InstancePool:
 
     async def start(self) -> None:
         """Begin to watch, and wait a moment for the first answers."""
-        self._watchers = [asyncio.create_task(self._watch(instance)) for instance in self]
+        self._running = True
+        for instance in self:
+            self._watch(instance)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(FIRST_PROBE_WAIT_S):
                 for instance in self:
@@ -126,43 +233,29 @@ class InstancePool:
 
     async def stop(self) -> None:
         """End the watching."""
-        for watcher in self._watchers:
-            watcher.cancel()
-        await asyncio.gather(*self._watchers, return_exceptions=True)
-        self._watchers = []
+        self._running = False
+        watchers, self._watchers = self._watchers, {}
+        await asyncio.gather(*(watcher.stop() for watcher in watchers.values()), *self._stopping)
 
-    async def _watch(self, instance: Instance) -> None:
-        while True:
-            healthy = await self._is_healthy(instance)
-            if healthy != instance.healthy:
-                instance.healthy = healthy
-                logger.info(
-                    "%s instance %s is %s",
-                    instance.role.value,
-                    instance.base_url,
-                    "healthy" if healthy else "not healthy",
-                )
-            instance.probed.set()
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(self._health_interval_s):
-                    await instance.probe_now.wait()
-            instance.probe_now.clear()
+    def _add(self, instance: Instance) -> Instance:
+        self._instances[instance.base_url] = instance
+        if self._running:
+            logger.info("%s instance %s is added", instance.role.value, instance.base_url)
+            self._watch(instance)
+        return instance
 
-    async def _is_healthy(self, instance: Instance) -> bool:
-        try:
-            return await self._probe(instance.base_url)
-        except Exception:
-            # A watcher that ended here would leave its instance as it is for ever.
-            logger.exception("cannot probe %s", instance.base_url)
-            return False
+    def _watch(self, instance: Instance) -> None:
+        watcher = Watcher(
+            instance, self._sources, on_restart=self._restarted, on_drained=self.remove
+        )
+        self._watchers[instance.base_url] = watcher
+        watcher.start()
 
+    def _restarted(self, instance: Instance) -> None:
+        instance.breaker = Breaker(self._limits)
+        instance.several_engines = False
+        self._tell_lost(instance)
 
-def describe(cause: BaseException) -> str:
-    """Return an exception in one line; many of aiohttp's have no text of their own."""
-    text = " ".join(str(cause).split())
-    return f"{type(cause).__name__}: {text}" if text else type(cause).__name__
-
-
-def _by_url(role: Role, urls: Iterable[str]) -> dict[str, Instance]:
-    stripped = (url.rstrip("/") for url in urls)
-    return {url: Instance(role, url) for url in stripped}
+    def _tell_lost(self, instance: Instance) -> None:
+        for on_lost in self._on_lost:
+            on_lost(instance)

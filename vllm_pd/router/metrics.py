@@ -7,10 +7,11 @@ import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from vllm_pd.router.instances import InstancePool
 
+_QUEUE_BUCKETS = (0.001, 0.01, 0.1, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)  # seconds
 _CLIENT_CLOSED = 499
 """nginx's status for a client that left before its answer was complete."""
 
@@ -55,6 +56,18 @@ class Metrics:
             ["reason"],
             registry=self._registry,
         )
+        self.early_decodes = Counter(
+            "vllm_pd:router_early_decodes",
+            "Decode legs that were sent before their prefill had ended, and served.",
+            registry=self._registry,
+        )
+        self.queue_seconds = Histogram(
+            "vllm_pd:router_queue_seconds",
+            "Wait for a slot of a stage in the router.",
+            ["stage"],
+            registry=self._registry,
+            buckets=_QUEUE_BUCKETS,
+        )
         self._instance_up = Gauge(
             "vllm_pd:router_instance_up",
             "Whether the router sends requests to an instance.",
@@ -84,8 +97,10 @@ class Metrics:
 
     def render(self, pool: InstancePool) -> bytes:
         """Return everything in Prometheus' text format."""
+        self._instance_up.clear()  # of those that are not there any more, too
+        self._instance_in_flight.clear()
         for instance in pool:
             labels = (instance.role.value, instance.base_url)
-            self._instance_up.labels(*labels).set(instance.healthy)
+            self._instance_up.labels(*labels).set(pool.is_accepting(instance))
             self._instance_in_flight.labels(*labels).set(instance.in_flight)
         return generate_latest(self._registry)

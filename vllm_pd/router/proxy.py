@@ -1,325 +1,412 @@
-"""One client request: prefill leg, KV transfer params, decode leg, answer.
+"""One client request: key, queue, prefill leg, decode leg, answer.
 
 Life of a generate request:
 
-1. read and parse the body; what is no JSON object goes to a decode instance as it
-   is, so that vLLM words the error
-2. ``policy.should_disaggregate``; if not, continue at 5 without params
-3. prefill leg, on another prefill instance if one fails
-4. its refusal (4xx) is the answer, but for what it says of the body: the decode
-   instance words that for the body the client sent. Without params, the decode leg
-   prefills itself
-5. decode leg, on another decode instance as long as the client got nothing
-6. bytes to the client as they come
+1. whose it is; read and parse the body; what is no JSON object goes to a decode
+   instance as it is, so that vLLM words the error
+2. a slot of the decode stage, and while it is prefilled one of the prefill stage
+3. ``policy``: disaggregate or not, and the pair of instances; if not, continue at 6
+   without params
+4. prefill leg, on another prefill instance if one fails. Where it is known which engine
+   will have the KV cache, the decode leg is sent at the same time and waits there
+5. a refusal of the prefill instance (4xx) is the answer, but for what it says of the
+   body: the decode instance words that for the body the client sent. Without params,
+   the decode instance prefills itself, if it has room
+6. decode leg, on another decode instance as long as the client got nothing
+7. bytes to the client as they come, usage repaired
 
 The client's disconnect cancels the handler at whatever it waits for; every answer
-that is not complete is closed then, and vLLM aborts the request.
+that is not complete is closed then, and vLLM aborts the request. A prefill that nobody
+will fetch is released.
 """
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import logging
+import random
 import uuid
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Self
 
 from aiohttp import web
-from multidict import CIMultiDict
 
-from vllm_pd.config import Role
-from vllm_pd.errors import NoInstanceError, RemoteProtocolError
+from vllm_pd.config import Role, RouterConfig
+from vllm_pd.errors import NoInstanceError, OverloadedError, RemoteProtocolError
 from vllm_pd.router import body as bodies
-from vllm_pd.router import headers as http_headers
 from vllm_pd.router import policy
-from vllm_pd.router.headers import PATH_DECODE_ONLY, PATH_DISAGGREGATED, PD_PATH, REQUEST_ID
-from vllm_pd.router.instances import Instance, InstancePool, describe
-from vllm_pd.router.metrics import Metrics, Outcome
-from vllm_pd.router.replies import error_event, error_response
+from vllm_pd.router.admission import Stage, priority_of
+from vllm_pd.router.affinity import NO_MATCHES, AffinityIndex, read_prompt, session_of
+from vllm_pd.router.api_keys import Access, unauthorized_response
+from vllm_pd.router.call import Call, Job
+from vllm_pd.router.decode import DecodeLegs, Opened, error_answer, failure_of, plain_answer
+from vllm_pd.router.describe import ControlLink
+from vllm_pd.router.headers import PATH_DECODE_ONLY, PATH_DISAGGREGATED
+from vllm_pd.router.instance import Instance
+from vllm_pd.router.instances import InstancePool
+from vllm_pd.router.loads import Work
+from vllm_pd.router.metrics import Metrics
+from vllm_pd.router.policy import InstanceView, Pair
+from vllm_pd.router.prefill import (
+    Failed,
+    NotPrefilled,
+    Prefilled,
+    PrefillLegs,
+    Refused,
+    early_params,
+    is_as_expected,
+)
 from vllm_pd.router.upstream import UPSTREAM_ERRORS, Answer, Upstream, is_idle_timeout
+from vllm_pd.router.usage import PromptDetails
 
 logger = logging.getLogger(__name__)
 
-_INVALID_REQUEST = (400, 422)
-"""Refusals of the body itself; the prefill leg's differs from the client's."""
-
-_INCOMPLETE = "The output is incomplete."
+_NO_DETAILS: PromptDetails = {}
 
 
 @dataclass(frozen=True, slots=True)
-class Call:
-    """What stays the same on every leg of one client request.
+class Backend:
+    """What a proxy works with.
 
     Attributes:
-        request: the client's request.
-        request_id: names it on every leg.
-        headers: headers of every leg.
-        outcome: how it goes, for the metrics.
+        pool: the instances.
+        upstream: HTTP to them.
+        control: their control endpoints.
+        index: what they have seen.
+        stages: who may use them, by role.
+        access: the clients' keys.
+        rng: decides between instances that are equal.
     """
 
-    request: web.Request
-    request_id: str
-    headers: CIMultiDict[str]
-    outcome: Outcome
-
-    @classmethod
-    def begin(cls, request: web.Request, outcome: Outcome) -> Self:
-        """Name a request and make the headers of its legs."""
-        request_id = http_headers.choose_request_id(request.headers)
-        leg_headers = http_headers.to_instance(request.headers, request_id)
-        return cls(request, request_id, leg_headers, outcome)
-
-    @property
-    def path(self) -> str:
-        """Path of the endpoint, the same on router and instances."""
-        return self.request.path
-
-    def answer_headers(self) -> CIMultiDict[str]:
-        """Return the headers that the router adds to every answer."""
-        added = CIMultiDict({REQUEST_ID: self.request_id})
-        if self.outcome.path != "none":
-            added[PD_PATH] = self.outcome.path
-        return added
-
-
-@dataclass(frozen=True, slots=True)
-class Prefilled:
-    """The prompt's KV cache waits at a prefill instance.
-
-    Attributes:
-        kv_params: what the decode leg must carry.
-    """
-
-    kv_params: Mapping[str, Any]
-
-
-@dataclass(frozen=True, slots=True)
-class NotPrefilled:
-    """The decode instance has to prefill.
-
-    Attributes:
-        reason: why, as a metric label.
-    """
-
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class Refused:
-    """A prefill instance refused the request, for the client to know.
-
-    Attributes:
-        answer: the refusal.
-    """
-
-    answer: Answer
+    pool: InstancePool
+    upstream: Upstream
+    control: ControlLink
+    index: AffinityIndex
+    stages: Mapping[Role, Stage]
+    access: Access
+    rng: random.Random
 
 
 class Proxy:
     """Serves the OpenAI endpoints from the instances of a pool."""
 
-    def __init__(
-        self, pool: InstancePool, upstream: Upstream, metrics: Metrics, *, max_body_len: int
-    ) -> None:
-        self._pool = pool
-        self._upstream = upstream
+    def __init__(self, backend: Backend, metrics: Metrics, config: RouterConfig) -> None:
+        self._pool = backend.pool
+        self._control = backend.control
+        self._index = backend.index
+        self._stages = backend.stages
+        self._access = backend.access
+        self._prefill_legs = PrefillLegs(backend.pool, backend.upstream)
+        self._decode_legs = DecodeLegs(backend.pool, backend.upstream)
         self._metrics = metrics
-        self._max_body_len = max_body_len
+        self._config = config
+        self._rng = backend.rng
 
     async def generate(self, request: web.Request) -> web.StreamResponse:
-        """Serve a completion or chat completion, prefill-first."""
-        with self._metrics.request(request.path) as outcome:
-            call = Call.begin(request, outcome)
-            try:
-                return await self._generate(call)
-            except web.HTTPRequestEntityTooLarge:
-                message = f"The request body is longer than {self._max_body_len} bytes."
-                return self._error(call, 413, message)
-            except RemoteProtocolError as exc:
-                return self._error(call, 400, str(exc))
-            except NoInstanceError as exc:
-                return self._error(call, 503, str(exc))
+        """Serve a completion, chat completion or response, prefill-first."""
+        return await self._answer(request, self._generate)
 
-    async def models(self, request: web.Request) -> web.StreamResponse:
-        """Serve the list of models, from a decode instance."""
+    async def forward(self, request: web.Request) -> web.StreamResponse:
+        """Serve anything else from a decode instance."""
+        return await self._answer(request, self._forward)
+
+    async def _answer(
+        self, request: web.Request, serve: Callable[[Call], Awaitable[web.StreamResponse]]
+    ) -> web.StreamResponse:
         with self._metrics.request(request.path) as outcome:
             call = Call.begin(request, outcome)
+            client = self._access.client_of(request.headers)
+            if client is None:
+                outcome.code = 401
+                return unauthorized_response()
+            self._access.authorize(call.headers)
             try:
-                return await self._decode(call, None)
+                with client.request():
+                    return await serve(call)
+            except web.HTTPRequestEntityTooLarge:
+                limit = self._config.max_body_len
+                return error_answer(call, 413, f"The request body is longer than {limit} bytes.")
+            except RemoteProtocolError as exc:
+                return error_answer(call, 400, str(exc))
+            except OverloadedError as exc:
+                headers = {"Retry-After": str(exc.retry_after_s)}
+                return error_answer(call, 429, str(exc), headers)
             except NoInstanceError as exc:
-                return self._error(call, 503, str(exc))
+                return error_answer(call, 503, str(exc))
+
+    async def _forward(self, call: Call) -> web.StreamResponse:
+        raw = await call.read(self._config.max_body_len) if call.request.body_exists else None
+        body = bodies.parse(raw) if raw else None
+        leg = raw if raw is None or body is None else bodies.dump(bodies.verbatim(raw, body))
+        self._check_decode()  # before it waits in a queue
+        async with self._slot(Role.DECODE, call, 0):
+            return await self._decode(call, leg, Work(num_sequences=1))
 
     async def _generate(self, call: Call) -> web.StreamResponse:
-        raw = await self._read(call.request)
+        raw = await call.read(self._config.max_body_len)
         body = bodies.parse(raw)
-        if not self._pool.has_healthy(Role.DECODE):  # before a prefill is wasted
-            raise NoInstanceError("No decode instance is available.")
+        self._check_decode()  # before a prefill is wasted
         if body is None:
-            self._note_decode_only(call, "invalid_body")
-            return await self._decode(call, raw)
-        prefill = await self._prefill(call, body)
-        if isinstance(prefill, Refused):
-            call.outcome.path = PATH_DISAGGREGATED
-            return await self._relay(call, prefill.answer)
-        if isinstance(prefill, NotPrefilled):
-            self._note_decode_only(call, prefill.reason)
-            return await self._decode(call, bodies.dump(bodies.decode_body(body, None)))
-        call.outcome.path = PATH_DISAGGREGATED
-        return await self._decode(call, bodies.dump(bodies.decode_body(body, prefill.kv_params)))
+            async with self._slot(Role.DECODE, call, 0):
+                self._note_decode_only(call, "invalid_body")
+                return await self._decode(call, raw, Work(num_sequences=1))
+        job = self._job(call, raw, body)
+        async with self._slot(Role.DECODE, call, job.priority):
+            return await self._serve(call, job)
 
-    async def _read(self, request: web.Request) -> bytes:
-        limit = self._max_body_len
-        if request.content_length is not None and request.content_length > limit:
-            raise web.HTTPRequestEntityTooLarge(limit, request.content_length)
-        try:
-            raw = await request.read()
-        except web.RequestPayloadError as exc:
-            raise RemoteProtocolError(f"the request body is damaged: {describe(exc)}") from exc
-        if len(raw) > limit:
-            raise web.HTTPRequestEntityTooLarge(limit, len(raw))
-        return raw
+    def _job(self, call: Call, raw: bytes, body: dict[str, object]) -> Job:
+        client = self._access.client_of(call.request.headers)
+        assert client is not None
+        headers = call.request.headers
+        asked = body.get("priority")
+        priority = client.priority(priority_of(headers, asked))
+        members = bodies.verbatim(raw, body)
+        if asked is not None and asked != priority and isinstance(asked, int):
+            members = {**members, "priority": priority}  # the engines have queues, too
+        prompt = read_prompt(body, session=session_of(headers, body))
+        matches = self._index.matches(prompt)
+        return Job(body, members, prompt, matches, client, priority)
 
-    async def _prefill(self, call: Call, body: bodies.Body) -> Prefilled | NotPrefilled | Refused:
-        decision = policy.should_disaggregate(body)
+    async def _serve(self, call: Call, job: Job) -> web.StreamResponse:
+        decision = policy.should_disaggregate(job.body)
         if not decision.disaggregate:
-            return NotPrefilled(decision.reason)
+            return await self._decode_only(call, job, decision.reason)
+        pair = self._choose_pair(job, tried=set())
+        if pair is None:
+            return await self._fall_back(call, job, "no_prefill_instance")
+        decision = policy.weigh(pair, job.prompt.num_tokens, job.matches, self._config)
+        if not decision.disaggregate:
+            return await self._decode_only(call, job, decision.reason)
+        early = _Early()
+        try:
+            async with self._slot(Role.PREFILL, call, job.priority, job.prompt.num_tokens):
+                result = await self._prefill(call, job, pair, early)
+            return await self._finish(call, job, result, early)
+        finally:
+            await early.cancel()
+
+    async def _prefill(
+        self, call: Call, job: Job, pair: Pair, early: _Early
+    ) -> Prefilled | NotPrefilled | Refused:
+        """Have the prompt prefilled, by another instance if one fails."""
         tried: set[str] = set()
         busy: Answer | None = None
-        while (instance := self._pool.pick(Role.PREFILL, tried=tried)) is not None:
+        choice: Pair | None = pair
+        while choice is not None:
+            instance = self._pool.at(choice.prefill)
             if tried:
                 self._metrics.prefill_retries.inc()
             tried.add(instance.base_url)
-            answer = await self._prefill_on(instance, call, body)
-            if answer is None or answer.status >= 500:
-                continue
-            if answer.status == 429:
-                busy = answer
-                continue
-            if answer.status in _INVALID_REQUEST:
-                return NotPrefilled("invalid_request")
-            if answer.status != 200:
-                return Refused(answer)
-            return self._prefilled(call, instance, answer)
-        if busy is not None:
-            return Refused(busy)
-        reason = "prefill_failed" if tried else "no_prefill_instance"
-        logger.warning("%s is prefilled by the decode instance: %s", call.request_id, reason)
-        return NotPrefilled(reason)
-
-    async def _prefill_on(self, instance: Instance, call: Call, body: bodies.Body) -> Answer | None:
-        """Send the prefill leg to one instance; None if it gave no answer."""
-        # A new id for each attempt: the instance that failed may still hold blocks.
-        leg = bodies.dump(bodies.prefill_body(body, uuid.uuid4().hex))
-        with self._pool.in_use(instance):
+            # A new id for each attempt: the instance that failed may still hold blocks.
+            transfer_id = uuid.uuid4().hex
+            if len(tried) == 1 and policy.may_decode_early(choice, self._config):
+                self._open_early(call, job, choice, transfer_id, early)
+            self._index.note(job.prompt, instance.base_url)
             try:
-                answer = await self._upstream.prefill(
-                    instance.base_url + call.path, call.headers, leg
-                )
-            except UPSTREAM_ERRORS as exc:
-                logger.warning(
-                    "prefill of %s on %s failed: %s",
-                    call.request_id,
-                    instance.base_url,
-                    describe(exc),
-                )
-                self._pool.mark_unhealthy(instance, exc)
-                return None
-        answer.close()  # it is complete
-        if answer.status >= 500 or answer.status == 429:
-            # Health is left to the probes: one request that makes the engine
-            # answer 500 must not take every prefill instance out of use.
-            logger.warning(
-                "prefill of %s on %s failed: status %d",
-                call.request_id,
-                instance.base_url,
-                answer.status,
-            )
-        return answer
+                result = await self._prefill_legs.run(instance, call, job, transfer_id=transfer_id)
+            except asyncio.CancelledError:  # the client left, perhaps just when it was over
+                self._release(instance, transfer_id)
+                raise
+            if not isinstance(result, Failed):
+                return result
+            busy = result.busy or busy
+            choice = self._choose_pair(job, tried=tried)
+        return Refused(busy) if busy is not None else NotPrefilled("prefill_failed")
 
-    def _prefilled(
-        self, call: Call, instance: Instance, answer: Answer
-    ) -> Prefilled | NotPrefilled:
-        kv_params = bodies.kv_params_of(answer.first)
-        if kv_params is None:
-            logger.warning(
-                "%s is prefilled by the decode instance: %s answered without kv_transfer_params",
-                call.request_id,
-                instance.base_url,
-            )
-            return NotPrefilled("no_kv_transfer_params")
-        return Prefilled(kv_params)
+    def _open_early(
+        self, call: Call, job: Job, pair: Pair, transfer_id: str, early: _Early
+    ) -> None:
+        """Send the decode leg now, to wait at the decode instance for the KV cache."""
+        params = early_params(self._pool.at(pair.prefill), transfer_id)
+        if params is None:
+            return
+        instance = self._pool.at(pair.decode)
+        self._index.note(job.prompt, instance.base_url)
+        early.start(params, self._decode_legs.open(instance, call, job.leg(params), _work(job)))
 
-    async def _decode(self, call: Call, leg: bytes | None) -> web.StreamResponse:
+    async def _finish(
+        self,
+        call: Call,
+        job: Job,
+        result: Prefilled | NotPrefilled | Refused,
+        early: _Early,
+    ) -> web.StreamResponse:
+        """Answer the client once the prefill leg is over."""
+        if isinstance(result, Refused):
+            call.outcome.path = PATH_DISAGGREGATED
+            return plain_answer(call, result.answer, result.answer.first)
+        if isinstance(result, NotPrefilled):
+            await early.cancel()  # it would wait for nothing
+            if result.reason == "invalid_request":
+                return await self._decode_only(call, job, result.reason)
+            return await self._fall_back(call, job, result.reason)
+        call.outcome.path = PATH_DISAGGREGATED
+        try:
+            opened = await early.take(result)
+            if opened is not None:
+                self._metrics.early_decodes.inc()
+                self._note_refusal(opened, result)
+                with opened:
+                    return await self._decode_legs.relay(call, opened, result.details)
+            return await self._decode(
+                call, job.leg(result.kv_params), _work(job), job=job, prefilled=result
+            )
+        except asyncio.CancelledError:
+            self._release(result.instance, str(result.kv_params.get("transfer_id")))
+            raise
+
+    async def _decode_only(self, call: Call, job: Job, reason: str) -> web.StreamResponse:
+        """Have a decode instance prefill by itself."""
+        self._note_decode_only(call, reason)
+        return await self._decode(
+            call, job.leg(None), _work(job), job=job, local_tokens=job.prompt.num_tokens
+        )
+
+    async def _fall_back(self, call: Call, job: Job, reason: str) -> web.StreamResponse:
+        """Do so for want of a prefill instance, within limits: all streams there suffer.
+
+        Raises:
+            NoInstanceError: the limits are reached.
+        """
+        logger.warning("%s is prefilled by the decode instance: %s", call.request_id, reason)
+        view = self._choose_decode(job, None, set())
+        limits = self._config
+        if view is not None and not policy.may_prefill_locally(
+            view, job.prompt.num_tokens, job.matches, limits
+        ):
+            raise NoInstanceError(
+                "No prefill instance is available, and the decode instances have no room to "
+                "prefill the prompt."
+            )
+        return await self._decode_only(call, job, reason)
+
+    async def _decode(
+        self,
+        call: Call,
+        leg: bytes | None,
+        work: Work,
+        *,
+        job: Job | None = None,
+        prefilled: Prefilled | None = None,
+        local_tokens: int = 0,
+    ) -> web.StreamResponse:
+        """Send the decode leg and relay its answer; another instance is tried if one fails."""
+        details = prefilled.details if prefilled else _NO_DETAILS
+        producer = prefilled.instance if prefilled else None
         tried: set[str] = set()
         failure: BaseException | None = None
-        while (instance := self._pool.pick(Role.DECODE, tried=tried)) is not None:
+        while (view := self._choose_decode(job, producer, tried)) is not None:
+            instance = self._pool.at(view)
             tried.add(instance.base_url)
-            with self._pool.in_use(instance):
-                try:
-                    answer = await self._upstream.decode(
-                        call.request.method, instance.base_url + call.path, call.headers, leg
-                    )
-                except UPSTREAM_ERRORS as exc:
-                    self._note_decode_failure(call, instance, exc)
-                    failure = exc
-                    if is_idle_timeout(exc):
-                        break  # the client has waited long enough
-                    continue
-                return await self._relay(call, answer, instance)
+            if job is not None:
+                self._index.note(job.prompt, instance.base_url)
+            try:
+                opened = await self._decode_legs.open(
+                    instance, call, leg, work, local_tokens=local_tokens
+                )
+            except UPSTREAM_ERRORS as exc:
+                failure = exc
+                if is_idle_timeout(exc):
+                    break  # the client has waited long enough
+                continue
+            self._note_refusal(opened, prefilled)
+            with opened:
+                return await self._decode_legs.relay(call, opened, details)
+        if prefilled is not None:
+            self._release(prefilled.instance, str(prefilled.kv_params.get("transfer_id")))
         if failure is None:
             raise NoInstanceError("No decode instance is available.")
-        return self._error(call, *_failure_of(failure))
+        return error_answer(call, *failure_of(failure))
 
-    async def _relay(
-        self, call: Call, answer: Answer, instance: Instance | None = None
-    ) -> web.StreamResponse:
-        """Pass an answer on to the client; ``instance`` is where a stream comes from."""
-        call.outcome.code = answer.status
-        headers = http_headers.to_client(answer.headers)
-        headers.update(call.answer_headers())
-        try:
-            if instance is None or not answer.streamed:
-                return web.Response(status=answer.status, headers=headers, body=answer.first)
-            response = web.StreamResponse(status=answer.status, headers=headers)
-            await response.prepare(call.request)
-            await self._stream(call, answer, instance, response)
-            await response.write_eof()
-            return response
-        finally:
-            answer.close()
+    @contextlib.asynccontextmanager
+    async def _slot(
+        self, role: Role, call: Call, priority: int, num_tokens: int = 1
+    ) -> AsyncIterator[None]:
+        client = self._access.client_of(call.request.headers)
+        name = client.name if client else ""
+        async with self._stages[role].slot(name, priority=priority, cost=num_tokens) as waited_s:
+            self._metrics.queue_seconds.labels(role.value).observe(waited_s)
+            yield
 
-    async def _stream(
-        self, call: Call, answer: Answer, instance: Instance, response: web.StreamResponse
-    ) -> None:
-        """Pass bytes on as they come; if the instance fails, an error event is the last of them."""
-        chunk = answer.first
-        while chunk:
-            await response.write(chunk)
-            try:
-                chunk = await answer.more()
-            except UPSTREAM_ERRORS as exc:
-                self._note_decode_failure(call, instance, exc)
-                call.outcome.code, message = _failure_of(exc)
-                await response.write(error_event(call.outcome.code, f"{message} {_INCOMPLETE}"))
-                return
+    def _choose_pair(self, job: Job, *, tried: set[str]) -> Pair | None:
+        return policy.choose_pair(
+            self._pool.snapshot(Role.PREFILL),
+            self._pool.snapshot(Role.DECODE),
+            rng=self._rng,
+            matches=job.matches,
+            tried=tried,
+        )
 
-    def _error(self, call: Call, status: int, message: str) -> web.Response:
-        call.outcome.code = status
-        return error_response(status, message, headers=call.answer_headers())
+    def _choose_decode(
+        self, job: Job | None, producer: Instance | None, tried: set[str]
+    ) -> InstanceView | None:
+        views = self._pool.snapshot(Role.DECODE)
+        matches = job.matches if job else NO_MATCHES
+        by = None if producer is None else producer.view(Role.PREFILL, 0.0)
+        return policy.choose_decode(views, rng=self._rng, producer=by, matches=matches, tried=tried)
+
+    def _check_decode(self) -> None:
+        """Check that there is somebody to answer.
+
+        Raises:
+            NoInstanceError: there is not.
+        """
+        if not self._pool.has_healthy(Role.DECODE):
+            raise NoInstanceError("No decode instance is available.")
+
+    def _note_refusal(self, opened: Opened, prefilled: Prefilled | None) -> None:
+        """Release the prefill of a request that the decode instance has not even begun."""
+        if prefilled is not None and opened.answer.status >= 400:
+            self._release(prefilled.instance, str(prefilled.kv_params.get("transfer_id")))
+
+    def _release(self, instance: Instance, transfer_id: str) -> None:
+        """Give the blocks of a prefill back that nobody will fetch; best effort."""
+        if instance.control is not None:
+            self._control.release(instance.control, transfer_id)
 
     def _note_decode_only(self, call: Call, reason: str) -> None:
         call.outcome.path = PATH_DECODE_ONLY
         self._metrics.decode_only.labels(reason).inc()
 
-    def _note_decode_failure(self, call: Call, instance: Instance, exc: BaseException) -> None:
-        logger.warning(
-            "decode of %s on %s failed: %s", call.request_id, instance.base_url, describe(exc)
-        )
-        self._pool.mark_unhealthy(instance, exc)
+
+class _Early:
+    """A decode leg that was sent before its prefill has ended."""
+
+    def __init__(self) -> None:
+        self._params: Mapping[str, object] = {}
+        self._task: asyncio.Task[Opened] | None = None
+
+    def start(self, params: Mapping[str, object], opening: Awaitable[Opened]) -> None:
+        """Send it."""
+        self._params = params
+        self._task = asyncio.ensure_future(opening)
+
+    async def take(self, prefilled: Prefilled) -> Opened | None:
+        """Return its answer, if it waited for this prefill and none of the two failed."""
+        if self._task is None:
+            return None
+        if not is_as_expected(prefilled, self._params):
+            await self.cancel()
+            return None
+        task = self._task
+        try:
+            opened = await asyncio.shield(task)
+        except UPSTREAM_ERRORS:
+            self._task = None
+            return None
+        self._task = None
+        return opened
+
+    async def cancel(self) -> None:
+        """Give it up, if nobody has taken it."""
+        task, self._task = self._task, None
+        if task is None:
+            return
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError, *UPSTREAM_ERRORS):
+            (await task).close()
 
 
-def _failure_of(exc: BaseException) -> tuple[int, str]:
-    """Return status and message for a client whose decode instance failed."""
-    if is_idle_timeout(exc):
-        return 504, "The decode instance did not answer in time."
-    return 502, "The decode instance failed."
+def _work(job: Job) -> Work:
+    return Work(kv_tokens=job.prompt.num_tokens, num_sequences=job.prompt.num_sequences)

@@ -98,18 +98,6 @@ def test_npu_instances_with_a_named_transport_use_the_plain_connector() -> None:
     assert kv_transfer_config(spec)["kv_connector"] == "PDConnector"
 
 
-def test_unequal_tensor_parallelism_is_warned_about() -> None:
-    topology = Topology(prefill=InstanceGroup(tp=4), decode=InstanceGroup(count=2, tp=2))
-    _, warnings = make_plan(
-        topology,
-        NPU,
-        model=Model("/m", "m"),
-        cluster_key_file=Path("/run/cluster.key"),
-        environ={},
-    )
-    assert len(warnings) == 1
-    assert "prefill has TP 4 and decode TP 2" in warnings[0]
-
 
 def test_a_side_channel_port_for_all_instances_is_refused() -> None:
     with pytest.raises(ConfigError, match="side_channel_port 47000"):
@@ -213,7 +201,10 @@ def test_the_router_is_told_all_instances_and_its_limits() -> None:
         "http://127.0.0.1:8200",
         "http://127.0.0.1:8201",
     ]
-    assert json.loads(argv[argv.index("--options") + 1]) == {"prefill_timeout_s": 5.0}
+    assert json.loads(argv[argv.index("--options") + 1]) == {
+        "prefill_timeout_s": 5.0,
+        "cluster_key_file": "/run/cluster.key",
+    }
 
 
 def test_an_address_for_all_interfaces_is_reached_over_loopback() -> None:

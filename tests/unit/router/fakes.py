@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import random
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Self
@@ -49,6 +50,7 @@ class FakeInstance:
     behave: Behaviour
     healthy: bool = True
     keep_alive: bool = False  # without it, no request is sent on a probe's connection
+    metrics: str | None = ""
     received: list[Received] = field(default_factory=list)
     started: asyncio.Event = field(default_factory=asyncio.Event)
     cancelled: asyncio.Event = field(default_factory=asyncio.Event)
@@ -56,6 +58,7 @@ class FakeInstance:
     async def __aenter__(self) -> Self:
         app = web.Application(client_max_size=2**26)
         app.router.add_get("/health", self._health)
+        app.router.add_get("/metrics", self._metrics)
         app.router.add_route("*", "/{path:.*}", self._any)
         self._server = TestServer(app)
         await self._server.start_server()
@@ -76,6 +79,11 @@ class FakeInstance:
         if not self.keep_alive:
             response.force_close()
         return response
+
+    async def _metrics(self, request: web.Request) -> web.StreamResponse:
+        if self.metrics is None:
+            return await self.behave(request)
+        return web.Response(text=self.metrics)
 
     async def _any(self, request: web.Request) -> web.StreamResponse:
         raw = await request.read()
@@ -122,9 +130,10 @@ def answers(status: int, payload: object = None, **headers: str) -> Behaviour:
 
 @dataclass
 class Streams:
-    """Sends chunks, then (optionally) waits for ``go_on``, then ends or dies."""
+    """Sends chunks, then (optionally) waits for ``go_on`` and sends more, then ends or dies."""
 
     chunks: Sequence[bytes]
+    more: Sequence[bytes] = ()
     wait: bool = False
     die: bool = False
     go_on: asyncio.Event = field(default_factory=asyncio.Event)
@@ -136,10 +145,19 @@ class Streams:
             await response.write(chunk)
         if self.wait:
             await self.go_on.wait()
+        for chunk in self.more:
+            await response.write(chunk)
         if self.die:
             assert request.transport is not None
             request.transport.close()
         return response
+
+
+class FirstOfEquals(random.Random):
+    """Decides as a test can foresee."""
+
+    def choice(self, seq: Any) -> Any:
+        return seq[0]
 
 
 def config_for(
@@ -158,6 +176,7 @@ async def start_client(
     prefill: Sequence[FakeInstance], decode: Sequence[FakeInstance], **options: Any
 ) -> Client:
     """Start a router in front of instances and return a client of it."""
-    client: Client = TestClient(TestServer(create_app(config_for(prefill, decode, **options))))
+    app = create_app(config_for(prefill, decode, **options), rng=FirstOfEquals())
+    client: Client = TestClient(TestServer(app))
     await client.start_server()
     return client

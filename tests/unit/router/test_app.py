@@ -139,7 +139,7 @@ async def test_a_served_router_ends_a_request_when_its_client_leaves(
 async def test_a_stopped_router_finishes_its_open_requests(
     start_instance: StartInstance, prefill: FakeInstance
 ) -> None:
-    streams = Streams([b"data: 1\n\n"], wait=True)
+    streams = Streams([b"data: 1\n\n"], wait=True, more=[b"data: [DONE]\n\n"])
     decode = await start_instance(streams)
     port = unused_port()
     stop = asyncio.Event()
@@ -150,7 +150,7 @@ async def test_a_stopped_router_finishes_its_open_requests(
             await response.content.readany()
             stop.set()
             streams.go_on.set()
-            assert await response.content.readany() == b""
+            assert await response.content.read() == b"data: [DONE]\n\n"
     await serving
 
 
@@ -186,7 +186,7 @@ def test_a_role_without_instances_is_refused() -> None:
 
 @pytest.mark.parametrize("url", ["http://", "http://host:99999"])
 def test_an_instance_address_that_is_none_is_refused(url: str) -> None:
-    with pytest.raises(ConfigError, match="prefill instance address"):
+    with pytest.raises(ConfigError, match="instance address"):
         run(RouterConfig(prefill_urls=(url,), decode_urls=UNREACHABLE))
 
 

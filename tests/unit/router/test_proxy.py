@@ -401,19 +401,20 @@ async def test_without_a_decode_instance_nothing_is_prefilled(
     assert prefill.received == []
 
 
-async def test_requests_are_spread_evenly_over_the_instances_of_a_role(
+async def test_requests_go_where_less_is_to_be_done(
     start_router: StartRouter, start_instance: StartInstance
 ) -> None:
-    prefills_ = [await start_instance(prefills) for _ in range(2)]
-    decodes = [await start_instance(completes) for _ in range(3)]
-    router = await start_router(prefills_, decodes)
+    busy, free = await start_instance(hangs), await start_instance(prefills)
+    decode = await start_instance(completes)
+    router = await start_router([busy, free], [decode])
+    waiting = asyncio.ensure_future(router.post(COMPLETIONS, json=BODY))
+    await busy.started.wait()
 
-    for _ in range(6):
-        async with router.post(COMPLETIONS, json=BODY):
-            pass
-
-    assert [len(one.received) for one in prefills_] == [3, 3]
-    assert [len(one.received) for one in decodes] == [2, 2, 2]
+    async with router.post(COMPLETIONS, json=BODY) as response:
+        assert response.status == 200
+    assert [len(busy.received), len(free.received)] == [1, 1]
+    waiting.cancel()
+    await busy.cancelled.wait()
 
 
 async def test_a_stale_keep_alive_connection_does_not_take_an_instance_out_of_use(

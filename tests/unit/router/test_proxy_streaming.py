@@ -5,6 +5,7 @@ import json
 from tests.unit.router.conftest import StartInstance, StartRouter
 from tests.unit.router.fakes import FakeInstance, Streams, completes
 
+DONE = b"data: [DONE]\n\n"
 CHAT = "/v1/chat/completions"
 BODY = {"messages": [{"role": "user", "content": "hi"}], "stream": True}
 
@@ -26,24 +27,37 @@ async def test_a_stream_reaches_the_client_byte_for_byte(
     assert decode.received[0].json["stream"] is True
 
 
-async def test_the_first_bytes_do_not_wait_for_the_next(
+async def test_the_first_event_does_not_wait_for_the_next(
     start_router: StartRouter, start_instance: StartInstance, prefill: FakeInstance
 ) -> None:
-    streams = Streams([b"data: half an ev"], wait=True)
+    streams = Streams([b"data: 1\n\ndata: half an ev"], wait=True, more=[b"ent\n\n" + DONE])
     decode = await start_instance(streams)
     router = await start_router([prefill], [decode])
 
     async with router.post(CHAT, json=BODY) as response:
-        assert await response.content.readany() == b"data: half an ev"
+        assert await response.content.readany() == b"data: 1\n\n"
         streams.go_on.set()
-        assert await response.content.readany() == b""
+        assert await response.content.read() == b"data: half an event\n\n" + DONE
+
+
+async def test_a_stream_that_ends_without_saying_so_ends_with_an_error_event(
+    start_router: StartRouter, start_instance: StartInstance, prefill: FakeInstance
+) -> None:
+    decode = await start_instance(Streams([b"data: 1\n\n"]))
+    router = await start_router([prefill], [decode])
+
+    async with router.post(CHAT, json=BODY) as response:
+        stream = await response.read()
+    first, error = [event for event in stream.split(b"\n\n") if event]
+    assert first == b"data: 1"
+    assert json.loads(error.removeprefix(b"data: "))["error"]["code"] == 502
 
 
 async def test_a_decode_instance_that_dies_mid_stream_ends_it_with_an_error_event(
     start_router: StartRouter, start_instance: StartInstance, prefill: FakeInstance
 ) -> None:
-    other = await start_instance(completes)
     decode = await start_instance(Streams([b'data: {"a": 1}\n\n', b'data: {"b"'], die=True))
+    other = await start_instance(completes)
     router = await start_router([prefill], [decode, other])
 
     async with router.post(CHAT, json=BODY) as response:
@@ -52,7 +66,7 @@ async def test_a_decode_instance_that_dies_mid_stream_ends_it_with_an_error_even
         metrics = await response.text()
 
     *before, error = [event for event in stream.split(b"\n\n") if event]
-    assert before == [b'data: {"a": 1}', b'data: {"b"']
+    assert before == [b'data: {"a": 1}']  # and no half event
     assert json.loads(error.removeprefix(b"data: "))["error"]["code"] == 502
     assert other.received == []
     assert f'code="502",endpoint="{CHAT}",path="disaggregated"' in metrics
@@ -75,11 +89,11 @@ async def test_a_stream_that_dies_before_its_first_byte_moves_to_another_instanc
     start_router: StartRouter, start_instance: StartInstance, prefill: FakeInstance
 ) -> None:
     bad = await start_instance(Streams([], die=True))
-    good = await start_instance(Streams([b"data: 1\n\n"]))
+    good = await start_instance(Streams([b"data: 1\n\n", DONE]))
     router = await start_router([prefill], [bad, good])
 
     async with router.post(CHAT, json=BODY) as response:
-        assert await response.read() == b"data: 1\n\n"
+        assert await response.read() == b"data: 1\n\n" + DONE
 
     assert len(bad.received) == len(good.received) == 1
 

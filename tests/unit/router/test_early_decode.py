@@ -1,0 +1,247 @@
+"""The decode leg that is sent while its prefill still runs, and prefills that are released."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from aiohttp import web
+
+from tests.unit.protocol.test_messages import FINGERPRINT
+from tests.unit.router.conftest import StartInstance, StartRouter
+from tests.unit.router.fakes import Client, FakeInstance, answers, completes, drops, hangs
+from vllm_pd.config import ConnectorConfig
+from vllm_pd.router.app import POOL
+from vllm_pd.session.instance import InstanceEndpoint
+
+COMPLETIONS = "/v1/completions"
+BODY = {"model": "m", "prompt": "hi", "max_tokens": 8}
+ENGINE = "p0"
+
+
+class Producer:
+    """Answers prefill legs as our connector does, once ``go_on`` is set."""
+
+    def __init__(self, port: int) -> None:
+        self.port = port
+        self.engine_id = ENGINE
+        self.status = 200
+        self.go_on = asyncio.Event()
+        self.go_on.set()
+
+    async def __call__(self, request: web.Request) -> web.StreamResponse:
+        asked = (await request.json())["kv_transfer_params"]
+        await self.go_on.wait()
+        params = {
+            "do_remote_prefill": True,
+            "transfer_id": asked["transfer_id"],
+            "remote_engine_id": self.engine_id,
+            "remote_host": "127.0.0.1",
+            "remote_port": self.port,
+            "remote_num_tokens": 2,
+            "remote_prompt_digest": "d",
+        }
+        payload = {"choices": [{"text": "x"}], "kv_transfer_params": params}
+        return web.json_response(payload, status=self.status)
+
+
+@pytest.fixture
+def endpoint() -> Iterator[InstanceEndpoint]:
+    endpoint = InstanceEndpoint(ConnectorConfig(), engine_id=ENGINE, tp_size=1)
+    endpoint.set_workers((), FINGERPRINT)
+    yield endpoint
+    endpoint.close()
+
+
+@pytest.fixture
+def producer(endpoint: InstanceEndpoint) -> Producer:
+    return Producer(endpoint.port)
+
+
+@pytest.fixture
+async def prefill(start_instance: StartInstance, producer: Producer) -> FakeInstance:
+    return await start_instance(producer)
+
+
+async def post(router: Client) -> tuple[int, str]:
+    async with router.post(COMPLETIONS, json=BODY) as response:
+        return response.status, response.headers["X-VLLM-PD-Path"]
+
+
+async def known(router: Client, *instances: FakeInstance) -> Client:
+    """Send one request, from which the router learns who prefills; forget that it came."""
+    assert await post(router) == (200, "disaggregated")
+    pool = router.app[POOL]
+    while not any(instance.engine_id for instance in pool):  # noqa: ASYNC110 - no event for it
+        await asyncio.sleep(0.001)
+    for instance in instances:
+        instance.received.clear()
+        instance.started.clear()
+    return router
+
+
+def params_of(instance: FakeInstance) -> list[Any]:
+    return [received.json.get("kv_transfer_params") for received in instance.received]
+
+
+async def test_the_decode_leg_does_not_wait_for_the_prefill(
+    start_router: StartRouter, producer: Producer, prefill: FakeInstance, decode: FakeInstance
+) -> None:
+    router = await known(await start_router([prefill], [decode]), prefill, decode)
+    producer.go_on.clear()
+    asked = asyncio.create_task(post(router))
+    await decode.started.wait()
+    assert not asked.done()
+    producer.go_on.set()
+
+    assert await asked == (200, "disaggregated")
+    (first,), (second,) = params_of(prefill), params_of(decode)
+    assert second["do_remote_prefill"] is True
+    assert second["transfer_id"] == first["transfer_id"]
+    assert (second["remote_engine_id"], second["remote_port"]) == (ENGINE, producer.port)
+    assert second["remote_num_tokens"] is None
+
+
+async def test_the_first_request_waits_as_nobody_knows_where_its_prefill_will_be(
+    start_router: StartRouter, prefill: FakeInstance, decode: FakeInstance
+) -> None:
+    router = await start_router([prefill], [decode])
+    assert await post(router) == (200, "disaggregated")
+    (params,) = params_of(decode)
+    assert params["remote_num_tokens"] == 2
+
+
+async def test_it_can_be_turned_off(
+    start_router: StartRouter, prefill: FakeInstance, decode: FakeInstance
+) -> None:
+    router = await start_router([prefill], [decode], early_decode=False)
+    await known(router, prefill, decode)
+    assert await post(router) == (200, "disaggregated")
+    (params,) = params_of(decode)
+    assert params["remote_num_tokens"] == 2
+
+
+async def test_scarce_blocks_are_not_taken_early(
+    start_router: StartRouter, prefill: FakeInstance, decode: FakeInstance
+) -> None:
+    decode.metrics = (
+        'vllm:num_requests_running{engine="0"} 3\n'
+        'vllm:num_requests_waiting{engine="0"} 0\n'
+        'vllm:kv_cache_usage_perc{engine="0"} 0.6\n'
+    )
+    router = await known(await start_router([prefill], [decode]), prefill, decode)
+    assert await post(router) == (200, "disaggregated")
+    (params,) = params_of(decode)
+    assert params["remote_num_tokens"] == 2
+
+
+def is_early(body: dict[str, Any]) -> bool:
+    params = body.get("kv_transfer_params")
+    return params is not None and params["remote_num_tokens"] is None
+
+
+async def waits_if_early(request: web.Request) -> web.StreamResponse:
+    """Answer as a decode instance whose early fetches never end."""
+    return await (hangs if is_early(await request.json()) else completes)(request)
+
+
+async def test_a_decode_leg_whose_prefill_failed_is_given_up(
+    start_router: StartRouter,
+    start_instance: StartInstance,
+    producer: Producer,
+    prefill: FakeInstance,
+) -> None:
+    decode = await start_instance(waits_if_early)
+    router = await known(await start_router([prefill], [decode]), prefill, decode)
+    producer.status = 500
+    assert await post(router) == (200, "decode-only")
+    early, last = params_of(decode)
+    assert early["remote_num_tokens"] is None
+    assert last is None
+    await decode.cancelled.wait()
+
+
+async def test_a_prefill_at_another_engine_than_expected_is_fetched_there(
+    start_router: StartRouter,
+    start_instance: StartInstance,
+    producer: Producer,
+    prefill: FakeInstance,
+) -> None:
+    decode = await start_instance(waits_if_early)
+    router = await known(await start_router([prefill], [decode]), prefill, decode)
+    producer.engine_id = "p1"
+    assert await post(router) == (200, "disaggregated")
+    assert await post(router) == (200, "disaggregated")
+    engines = [params["remote_engine_id"] for params in params_of(decode)]
+    assert engines == [ENGINE, "p1", "p1"]  # nobody guesses any more
+    await decode.cancelled.wait()
+
+
+async def test_another_decode_instance_fetches_what_the_first_one_waited_for(
+    start_router: StartRouter,
+    start_instance: StartInstance,
+    prefill: FakeInstance,
+    decode: FakeInstance,
+) -> None:
+    other = await start_instance(completes)
+    router = await known(await start_router([prefill], [decode, other]), prefill, decode)
+    decode.behave = drops
+    assert await post(router) == (200, "disaggregated")
+    (params,) = params_of(other)
+    assert params["remote_num_tokens"] == 2
+
+
+async def test_the_client_that_leaves_ends_both_legs(
+    start_router: StartRouter,
+    start_instance: StartInstance,
+    producer: Producer,
+    prefill: FakeInstance,
+) -> None:
+    decode = await start_instance(waits_if_early)
+    router = await known(await start_router([prefill], [decode]), prefill, decode)
+    producer.go_on.clear()
+    asked = asyncio.create_task(post(router))
+    await prefill.started.wait()
+    await decode.started.wait()
+    asked.cancel()
+    await prefill.cancelled.wait()
+    await decode.cancelled.wait()
+
+
+async def released(endpoint: InstanceEndpoint) -> list[str]:
+    while not (releases := endpoint.take_releases()):  # noqa: ASYNC110 - another thread's
+        await asyncio.sleep(0.001)
+    return releases
+
+
+async def test_a_prefill_whose_client_left_is_released(
+    start_router: StartRouter,
+    prefill: FakeInstance,
+    decode: FakeInstance,
+    endpoint: InstanceEndpoint,
+) -> None:
+    router = await start_router([prefill], [decode], early_decode=False)
+    await known(router, prefill, decode)
+    decode.behave = hangs
+    asked = asyncio.create_task(post(router))
+    await decode.started.wait()
+    asked.cancel()
+    (params,) = params_of(decode)
+    assert await released(endpoint) == [params["transfer_id"]]
+
+
+@pytest.mark.parametrize("behave", [drops, answers(400)])
+async def test_a_prefill_that_no_decode_instance_takes_is_released(
+    start_router: StartRouter,
+    prefill: FakeInstance,
+    decode: FakeInstance,
+    endpoint: InstanceEndpoint,
+    behave: Any,
+) -> None:
+    router = await start_router([prefill], [decode], early_decode=False)
+    await known(router, prefill, decode)
+    decode.behave = behave
+    await post(router)
+    assert await released(endpoint) == [params_of(decode)[0]["transfer_id"]]

@@ -1,0 +1,185 @@
+"""The decode leg: attempts on decode instances, and their answer on its way to the client."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Self
+
+from aiohttp import web
+
+from vllm_pd.router import headers as http_headers
+from vllm_pd.router.call import Call
+from vllm_pd.router.instance import Instance, describe
+from vllm_pd.router.instances import InstancePool, Use
+from vllm_pd.router.loads import Work
+from vllm_pd.router.replies import error_event, error_response
+from vllm_pd.router.sse import SseReader, is_aborted
+from vllm_pd.router.upstream import UPSTREAM_ERRORS, Answer, Upstream, is_idle_timeout
+from vllm_pd.router.usage import PromptDetails, repaired
+
+if TYPE_CHECKING:
+    from multidict import CIMultiDict
+
+logger = logging.getLogger(__name__)
+
+_INCOMPLETE = "The output is incomplete."
+
+
+class AbortedError(OSError):
+    """The instance ended the request by itself, as it shuts down."""
+
+
+class TruncatedError(OSError):
+    """The stream ended without saying that it is complete."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Opened:
+    """The beginning of a decode instance's answer; counts as work there until closed.
+
+    Attributes:
+        instance: where it comes from.
+        answer: status, headers and first bytes.
+    """
+
+    instance: Instance
+    answer: Answer
+    _use: Use
+    _stack: contextlib.ExitStack
+
+    def failed(self, exc: BaseException) -> None:
+        """The rest of the answer does not come."""
+        self._use.failed(exc)
+
+    def close(self) -> None:
+        """Give it up; idempotent. If it is not complete, vLLM aborts the request."""
+        self.answer.close()
+        self._stack.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+
+class DecodeLegs:
+    """Sends decode legs and relays their answers."""
+
+    def __init__(self, pool: InstancePool, upstream: Upstream) -> None:
+        self._pool = pool
+        self._upstream = upstream
+
+    async def open(
+        self,
+        instance: Instance,
+        call: Call,
+        leg: bytes | None,
+        work: Work,
+        *,
+        local_tokens: int = 0,
+    ) -> Opened:
+        """Send a request and wait for the beginning of its answer.
+
+        Args:
+            instance: where to.
+            call: the client's request.
+            leg: the body.
+            work: what it is for the instance until the answer is complete.
+            local_tokens: prompt tokens that it has to compute before it answers.
+
+        Raises:
+            OSError: one of ``UPSTREAM_ERRORS``; the instance has been told off for it.
+        """
+        with contextlib.ExitStack() as stack:
+            use = stack.enter_context(self._pool.in_use(instance, work))
+            try:
+                with instance.ledger.open(Work(prefill_tokens=local_tokens)):
+                    answer = await self._upstream.decode(
+                        call.request.method, instance.base_url + call.path, call.headers, leg
+                    )
+                if is_aborted(answer.first):
+                    answer.close()
+                    raise AbortedError("the instance aborted the request")
+            except UPSTREAM_ERRORS as exc:
+                _warn(call, instance, exc)
+                use.failed(exc)
+                raise
+            if answer.status == 200:
+                use.succeeded()
+            return Opened(instance, answer, use, stack.pop_all())
+
+    async def relay(self, call: Call, opened: Opened, details: PromptDetails) -> web.StreamResponse:
+        """Pass an answer on to the client, its usage repaired by ``details``."""
+        answer = opened.answer
+        if not answer.streamed:
+            return plain_answer(call, answer, repaired(answer.first, details))
+        call.outcome.code = answer.status
+        response = web.StreamResponse(status=answer.status, headers=_headers(call, answer))
+        await response.prepare(call.request)
+        failure = await self._stream(answer, response, SseReader(details))
+        if failure is not None:
+            _warn(call, opened.instance, failure)
+            opened.failed(failure)
+            call.outcome.code, message = failure_of(failure)
+            await response.write(error_event(call.outcome.code, f"{message} {_INCOMPLETE}"))
+        await response.write_eof()
+        return response
+
+    async def _stream(
+        self, answer: Answer, response: web.StreamResponse, reader: SseReader
+    ) -> BaseException | None:
+        """Pass bytes on as they come; return why they are not complete, if they are not."""
+        chunk = answer.first
+        while chunk:
+            if passed := reader.feed(chunk):
+                await response.write(passed)
+            if reader.aborted:
+                return AbortedError("the instance aborted the request")
+            try:
+                chunk = await answer.more()
+            except UPSTREAM_ERRORS as exc:  # not of a write: that is the client
+                return exc
+        rest = reader.finish()
+        if reader.aborted or not reader.ended:
+            return TruncatedError("the stream ended too early")
+        if rest:
+            await response.write(rest)
+        return None
+
+
+def plain_answer(call: Call, answer: Answer, body: bytes) -> web.Response:
+    """Return an instance's whole answer, with another body, for the client."""
+    call.outcome.code = answer.status
+    return web.Response(status=answer.status, headers=_headers(call, answer), body=body)
+
+
+def error_answer(
+    call: Call, status: int, message: str, headers: dict[str, str] | None = None
+) -> web.Response:
+    """Return an error of the router's own for the client."""
+    call.outcome.code = status
+    added = call.answer_headers()
+    added.update(headers or {})
+    return error_response(status, message, headers=added)
+
+
+def failure_of(exc: BaseException) -> tuple[int, str]:
+    """Return status and message for a client whose decode instance failed."""
+    if is_idle_timeout(exc):
+        return 504, "The decode instance did not answer in time."
+    return 502, "The decode instance failed."
+
+
+def _headers(call: Call, answer: Answer) -> CIMultiDict[str]:
+    headers = http_headers.to_client(answer.headers)
+    headers.update(call.answer_headers())
+    return headers
+
+
+def _warn(call: Call, instance: Instance, exc: BaseException) -> None:
+    logger.warning(
+        "decode of %s on %s failed: %s", call.request_id, instance.base_url, describe(exc)
+    )

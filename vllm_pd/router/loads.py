@@ -1,0 +1,163 @@
+"""How busy an instance is: by its own metrics, and by what this router has open there."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+_RUNNING = "vllm:num_requests_running"
+_WAITING = "vllm:num_requests_waiting"
+_KV_USAGE = "vllm:kv_cache_usage_perc"
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """What an instance's ``/metrics`` says of it, all of its engines together.
+
+    Attributes:
+        num_running: sequences that are being computed.
+        num_waiting: sequences that wait, be it for room or for their KV cache.
+        kv_usage: share of the KV cache that is in use, of the fullest engine; 1 is full.
+    """
+
+    num_running: int
+    num_waiting: int
+    kv_usage: float
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What requests ask of an instance.
+
+    Attributes:
+        prefill_tokens: prompt tokens to compute there.
+        kv_tokens: prompt tokens whose KV cache is held there while it decodes.
+        num_sequences: sequences that vLLM makes of the requests.
+    """
+
+    prefill_tokens: int = 0
+    kv_tokens: int = 0
+    num_sequences: int = 0
+
+    def __add__(self, other: Work) -> Work:
+        return Work(
+            self.prefill_tokens + other.prefill_tokens,
+            self.kv_tokens + other.kv_tokens,
+            self.num_sequences + other.num_sequences,
+        )
+
+    def __sub__(self, other: Work) -> Work:
+        return Work(
+            self.prefill_tokens - other.prefill_tokens,
+            self.kv_tokens - other.kv_tokens,
+            self.num_sequences - other.num_sequences,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Scrape:
+    """One reading of an instance's metrics.
+
+    Attributes:
+        load: what it showed.
+        num_own: how many of the sequences it showed may have been this router's.
+    """
+
+    load: Load
+    num_own: int
+
+    @property
+    def num_foreign(self) -> int:
+        """Sequences that came past this router: from its sibling processes or other clients.
+
+        Only these are added to what the router knows by itself, so that nothing
+        counts twice, and what was sent since the scrape counts at once.
+        """
+        return max(0, self.load.num_running + self.load.num_waiting - self.num_own)
+
+
+class Ledger:
+    """What this router has open on one instance, and the last scrape of it.
+
+    Attributes:
+        outstanding: the sum of all open work.
+        scrape: the last scrape, or None if the last attempt failed: an old one
+            would count foreign work that may be long done.
+    """
+
+    __slots__ = ("outstanding", "scrape")
+
+    def __init__(self) -> None:
+        self.outstanding = Work()
+        self.scrape: Scrape | None = None
+
+    @contextlib.contextmanager
+    def open(self, work: Work) -> Iterator[None]:
+        """Count work as outstanding for the time of the context."""
+        self.outstanding += work
+        try:
+            yield
+        finally:
+            self.outstanding -= work
+
+    def note_scrape(self, load: Load | None, *, num_own_before: int) -> None:
+        """Take the result of a scrape over.
+
+        Args:
+            load: what the instance showed; None if it could not be read.
+            num_own_before: ``outstanding.num_sequences`` when the instance was asked.
+                What began or ended meanwhile may be in the reading or not; it is
+                taken to be in it.
+        """
+        if load is None:
+            self.scrape = None
+        else:
+            self.scrape = Scrape(load, max(num_own_before, self.outstanding.num_sequences))
+
+
+def parse_load(text: str) -> Load | None:
+    """Read the load from the text that an instance gives at ``/metrics``.
+
+    A scan for three names: prometheus_client's parser takes tens of milliseconds
+    for a page, which would hold up every stream of the router.
+
+    Returns:
+        The load, or None if a value is missing or makes no sense.
+    """
+    try:
+        running, waiting, kv_usage = (
+            _values(text, name) for name in (_RUNNING, _WAITING, _KV_USAGE)
+        )
+        return Load(int(sum(running)), int(sum(waiting)), max(kv_usage))
+    except (ValueError, IndexError, OverflowError):
+        return None
+
+
+def _values(text: str, name: str) -> list[float]:
+    """Return the value of each engine.
+
+    Raises:
+        ValueError: a value is no finite number, or negative.
+        IndexError: a line has no value.
+    """
+    values = []
+    position = 0
+    while (position := text.find(name, position)) >= 0:
+        start, position = position, position + len(name)
+        # Neither a comment nor a longer name.
+        if (start == 0 or text[start - 1] == "\n") and text[position : position + 1] in "{ ":
+            end = text.find("\n", position)
+            line = text[position : end if end >= 0 else None]
+            values.append(_value(line.rpartition("}")[2].split()[0]))
+    if not values:
+        raise ValueError(f"no {name}")
+    return values
+
+
+def _value(word: str) -> float:
+    value = float(word)
+    if not 0 <= value < math.inf:
+        raise ValueError(f"{value} is no load")
+    return value

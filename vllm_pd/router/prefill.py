@@ -1,0 +1,155 @@
+"""The prefill leg: one attempt on one instance, and what its answer means."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+from vllm_pd.protocol.params import pending_prefill_params
+from vllm_pd.router import body as bodies
+from vllm_pd.router.call import Call, Job
+from vllm_pd.router.instance import Instance, describe
+from vllm_pd.router.instances import InstancePool
+from vllm_pd.router.loads import Work
+from vllm_pd.router.upstream import UPSTREAM_ERRORS, Answer, Upstream
+from vllm_pd.router.usage import PromptDetails, prompt_details_of
+
+logger = logging.getLogger(__name__)
+
+_INVALID_REQUEST = (400, 422)
+"""Refusals of the body itself; the prefill leg's differs from the client's."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prefilled:
+    """The prompt's KV cache waits at a prefill instance.
+
+    Attributes:
+        instance: that instance.
+        kv_params: what the decode leg must carry.
+        details: counts of prompt tokens, for the answer's usage.
+    """
+
+    instance: Instance
+    kv_params: dict[str, Any]
+    details: PromptDetails
+
+
+@dataclass(frozen=True, slots=True)
+class NotPrefilled:
+    """The decode instance has to prefill.
+
+    Attributes:
+        reason: why, as a metric label.
+    """
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """A prefill instance refused the request, for the client to know.
+
+    Attributes:
+        answer: the refusal.
+    """
+
+    answer: Answer
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """Another prefill instance may do better.
+
+    Attributes:
+        busy: the answer of an instance that has too much to do, for the client if all have.
+    """
+
+    busy: Answer | None = None
+
+
+PrefillResult: TypeAlias = Prefilled | NotPrefilled | Refused | Failed
+
+
+class PrefillLegs:
+    """Sends prefill legs."""
+
+    def __init__(self, pool: InstancePool, upstream: Upstream) -> None:
+        self._pool = pool
+        self._upstream = upstream
+
+    async def run(
+        self, instance: Instance, call: Call, job: Job, *, transfer_id: str
+    ) -> PrefillResult:
+        """Have an instance prefill, and keep the KV cache under ``transfer_id``."""
+        leg = bodies.dump(bodies.prefill_body(job.members, transfer_id, path=call.path))
+        cached = job.matches.cached.get(instance.base_url, 0)
+        work = Work(prefill_tokens=max(job.prompt.num_tokens - cached, 0), num_sequences=1)
+        with self._pool.in_use(instance, work) as use:
+            try:
+                answer = await self._upstream.prefill(
+                    instance.base_url + call.path, call.headers, leg
+                )
+            except UPSTREAM_ERRORS as exc:
+                _warn(call, instance, describe(exc))
+                use.failed(exc)
+                return Failed()
+            answer.close()  # it is complete
+            if answer.status == 200:
+                use.succeeded()
+        return self._judge(call, instance, answer)
+
+    def _judge(self, call: Call, instance: Instance, answer: Answer) -> PrefillResult:
+        if answer.status >= 500 or answer.status == 429:
+            # Health is left to the probes: one request that makes the engine
+            # answer 500 must not take every prefill instance out of use.
+            _warn(call, instance, f"status {answer.status}")
+            return Failed(answer if answer.status == 429 else None)
+        if answer.status in _INVALID_REQUEST:
+            return NotPrefilled("invalid_request")
+        if answer.status != 200:
+            return Refused(answer)
+        kv_params = bodies.kv_params_of(answer.first)
+        if kv_params is None:
+            _warn(call, instance, "it answered without kv_transfer_params")
+            return NotPrefilled("no_kv_transfer_params")
+        _learn(instance, kv_params)
+        return Prefilled(instance, kv_params, prompt_details_of(answer.first))
+
+
+def early_params(instance: Instance, transfer_id: str) -> dict[str, Any] | None:
+    """Return what lets a decode leg wait for a prefill that has not ended.
+
+    None if it is not known which engine will have it, and where.
+    """
+    if instance.control is None or instance.engine_id is None or instance.several_engines:
+        return None
+    host, port = instance.control
+    return pending_prefill_params(transfer_id, engine_id=instance.engine_id, host=host, port=port)
+
+
+def is_as_expected(prefilled: Prefilled, params: Mapping[str, Any]) -> bool:
+    """Return whether a prefill is where a decode leg was told to wait for it."""
+    found = prefilled.kv_params
+    if found.get("transfer_id") != params["transfer_id"]:
+        return False  # of another attempt
+    if found.get("remote_engine_id") != params["remote_engine_id"]:
+        # It restarted, or has several engines behind one address: then any may be the next.
+        prefilled.instance.several_engines = True
+        return False
+    return True
+
+
+def _learn(instance: Instance, kv_params: Mapping[str, Any]) -> None:
+    """Take note of where an instance's control endpoint is, if nobody has told."""
+    host, port = kv_params.get("remote_host"), kv_params.get("remote_port")
+    is_ours = isinstance(kv_params.get("remote_prompt_digest"), str)  # not of another connector
+    if instance.control is None and is_ours and isinstance(host, str) and isinstance(port, int):
+        instance.control = host, port
+        instance.learn_now.set()
+
+
+def _warn(call: Call, instance: Instance, what: str) -> None:
+    logger.warning("prefill of %s on %s failed: %s", call.request_id, instance.base_url, what)
