@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -129,3 +130,119 @@ async def ask_all(url: str, cases: Sequence[Case], *, concurrency: int) -> list[
                 return await ask(session, url, case)
 
         return list(await asyncio.gather(*(one(case) for case in cases)))
+
+
+@dataclass(frozen=True)
+class Reply:
+    """A whole response as a client sees it, a stream put together."""
+
+    status: int
+    path: str  # how the router served it; "" without a router
+    payload: Any
+
+
+async def exchange(session: aiohttp.ClientSession, url: str, name: str, case: Case) -> Reply:
+    """Send one request, named on every leg, and take down all of its answer.
+
+    Raises:
+        AssertionError: a stream that does not end well.
+    """
+    headers = {"X-Request-Id": name}
+    async with session.post(url + case.path, json=case.body, headers=headers) as response:
+        path = response.headers.get("X-VLLM-PD-Path", "")
+        if response.content_type != "text/event-stream":
+            return Reply(response.status, path, json.loads(await response.text()))
+        *events, rest = (await response.text()).split("\n\n")
+        assert rest == "", "half an event at the end"
+        if case.path == "/v1/responses":
+            return Reply(response.status, path, _put_responses_together(events))
+        assert events.pop() == "data: [DONE]"
+        whole: dict[str, Any] = {}
+        for event in events:
+            _add(whole, json.loads(event.removeprefix("data: ")))
+            _check_running_usage(whole)
+        return Reply(response.status, path, whole)
+
+
+def _put_responses_together(events: list[str]) -> dict[str, Any]:
+    """Return the last response of a stream, its kinds of events, and its text from deltas."""
+    payloads = [json.loads(event.split("\ndata: ", 1)[1]) for event in events]
+    assert payloads[-1]["type"] == "response.completed"
+    return {
+        "kinds": list(dict.fromkeys(payload["type"] for payload in payloads)),
+        "first": payloads[0]["response"],
+        "last": payloads[-1]["response"],
+        "delta": "".join(payload.get("delta") or "" for payload in payloads),
+        "logprobs": [p for payload in payloads for p in payload.get("logprobs") or []],
+    }
+
+
+# How many tokens come in one event depends on the moment: only their sum can be compared.
+_LAST_WINS = {"id", "object", "model", "role", "type", "name", "finish_reason", "stop_reason"}
+
+
+def _add(whole: dict[str, Any], delta: dict[str, Any]) -> None:
+    for name, value in delta.items():
+        if value is None:
+            whole.setdefault(name, None)
+        elif isinstance(value, dict):
+            if not isinstance(whole.get(name), dict):
+                whole[name] = {}
+            _add(whole[name], value)
+        elif isinstance(value, list):
+            whole[name] = _added(whole.get(name) or [], value)
+        elif isinstance(value, str) and name not in _LAST_WINS:
+            whole[name] = (whole.get(name) or "") + value
+        else:
+            whole[name] = value
+
+
+def _added(whole: list[Any], delta: list[Any]) -> list[Any]:
+    """Choices and tool calls belong together by index; all other lists grow."""
+    if not all(isinstance(item, dict) and "index" in item for item in delta):
+        return whole + delta
+    by_index = {item["index"]: item for item in whole}
+    for item in delta:
+        _add(by_index.setdefault(item["index"], {}), item)
+    return [by_index[index] for index in sorted(by_index)]
+
+
+def _check_running_usage(whole: dict[str, Any]) -> None:
+    """Of a single choice whose token ids are there: usage counts them as they come."""
+    choices = whole.get("choices") or []
+    if "usage" in whole and len(choices) == 1 and choices[0].get("token_ids"):
+        assert whole["usage"]["completion_tokens"] == len(choices[0]["token_ids"])
+
+
+_TIMES = {"created", "created_at", "completed_at"}
+# It has a hash of the engine's whole configuration: no two instances need have the same.
+_LEFT_OUT = _TIMES | {"system_fingerprint"}
+_RANDOM_ID = re.compile(r"\b([a-z]+(?:-tool)?)[-_][0-9a-f]{16,32}\b")
+
+LOGPROB_TOLERANCE = 1e-3
+"""The last token of a prompt is computed in another batch: rounding differs."""
+
+
+def differences(wanted: Any, found: Any, where: str = "") -> list[str]:
+    """Return what differs between two answers, times and random ids apart."""
+    if isinstance(wanted, dict) and isinstance(found, dict):
+        return [
+            line
+            for name in sorted((wanted.keys() | found.keys()) - _LEFT_OUT)
+            for line in differences(
+                wanted.get(name, "(nothing)"), found.get(name, "(nothing)"), f"{where}.{name}"
+            )
+        ]
+    if isinstance(wanted, list) and isinstance(found, list) and len(wanted) == len(found):
+        return [
+            line
+            for i, pair in enumerate(zip(wanted, found, strict=True))
+            for line in differences(*pair, f"{where}[{i}]")
+        ]
+    if isinstance(wanted, float) and isinstance(found, float):
+        same = abs(wanted - found) <= LOGPROB_TOLERANCE
+    elif isinstance(wanted, str) and isinstance(found, str):
+        same = _RANDOM_ID.sub(r"\1", wanted) == _RANDOM_ID.sub(r"\1", found)
+    else:
+        same = type(wanted) is type(found) and wanted == found
+    return [] if same else [f"{where}: {found!r} instead of {wanted!r}"]
