@@ -199,8 +199,8 @@ class RouterConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         local_prefill_cost: how many times as dear a prompt token is on a decode instance
             as on a prefill instance; a prompt is prefilled where it is decoded if that
             is cheaper than the queue of the prefill instance. None: never for that reason.
-        early_decode: send the decode leg while its prefill still runs, so that it loses no
-            time when the KV cache is there.
+        early_decode_tokens: longest prompt whose decode leg is sent while its prefill still
+            runs, so that it loses no time when the KV cache is there; 0: none.
         health_interval_s: pause between two health probes of an instance.
         health_failures: failed probes in a row that take an instance out of use.
         health_successes: good probes in a row that bring it back.
@@ -235,7 +235,9 @@ class RouterConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     min_prefill_tokens: int = 0
     max_local_prefill_tokens: int = 8192
     local_prefill_cost: float | None = None
-    early_decode: bool = True
+    # What it saves is the same for any length; what it costs, blocks and polling at the
+    # decode instance, grows with it.
+    early_decode_tokens: int = 512
     health_interval_s: float = 1.0
     health_failures: int = 3
     health_successes: int = 2
@@ -271,7 +273,7 @@ class RouterConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         )
         if self.max_queue < 0:
             raise ValueError(f"max_queue must not be negative, not {self.max_queue}")
-        for name in ("min_prefill_tokens", "max_local_prefill_tokens"):
+        for name in ("min_prefill_tokens", "max_local_prefill_tokens", "early_decode_tokens"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, not {getattr(self, name)}")
         if self.local_prefill_cost is not None:

@@ -148,13 +148,19 @@ def has_pair(prefill: Sequence[InstanceView], decode: Sequence[InstanceView]) ->
     return any(_is_pair(one, other) for one in producers for other in consumers)
 
 
-def may_decode_early(pair: Pair, config: RouterConfig) -> bool:
+def may_decode_early(pair: Pair, num_tokens: int, config: RouterConfig) -> bool:
     """Return whether the decode leg may be sent while its prefill still runs.
 
     It takes blocks at the decode instance for that time, so they must not be scarce.
+
+    Args:
+        pair: the instances.
+        num_tokens: length of the prompt.
+        config: the limit.
     """
     scrape = pair.decode.scrape
-    return config.early_decode and (scrape is None or scrape.load.kv_usage < _SPARE_KV_USAGE)
+    has_room = scrape is None or scrape.load.kv_usage < _SPARE_KV_USAGE
+    return has_room and num_tokens <= config.early_decode_tokens
 
 
 def choose_pair(

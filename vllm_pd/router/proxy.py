@@ -200,7 +200,9 @@ class Proxy:
             tried.add(instance.base_url)
             # A new id for each attempt: the instance that failed may still hold blocks.
             transfer_id = uuid.uuid4().hex
-            if len(tried) == 1 and policy.may_decode_early(choice, self._config):
+            if len(tried) == 1 and policy.may_decode_early(
+                choice, job.prompt.num_tokens, self._config
+            ):
                 self._open_early(call, job, choice, transfer_id, early)
             self._index.note(job.prompt, instance.base_url)
             try:

@@ -116,7 +116,7 @@ async def test_the_first_request_waits_as_nobody_knows_where_its_prefill_will_be
 async def test_it_can_be_turned_off(
     start_router: StartRouter, prefill: FakeInstance, decode: FakeInstance
 ) -> None:
-    router = await start_router([prefill], [decode], early_decode=False)
+    router = await start_router([prefill], [decode], early_decode_tokens=0)
     await known(router, prefill, decode)
     assert await post(router) == (200, "disaggregated")
     (params,) = params_of(decode)
@@ -222,7 +222,7 @@ async def test_a_prefill_whose_client_left_is_released(
     decode: FakeInstance,
     endpoint: InstanceEndpoint,
 ) -> None:
-    router = await start_router([prefill], [decode], early_decode=False)
+    router = await start_router([prefill], [decode], early_decode_tokens=0)
     await known(router, prefill, decode)
     decode.behave = hangs
     asked = asyncio.create_task(post(router))
@@ -240,7 +240,7 @@ async def test_a_prefill_that_no_decode_instance_takes_is_released(
     endpoint: InstanceEndpoint,
     behave: Any,
 ) -> None:
-    router = await start_router([prefill], [decode], early_decode=False)
+    router = await start_router([prefill], [decode], early_decode_tokens=0)
     await known(router, prefill, decode)
     decode.behave = behave
     await post(router)
