@@ -98,7 +98,6 @@ def test_npu_instances_with_a_named_transport_use_the_plain_connector() -> None:
     assert kv_transfer_config(spec)["kv_connector"] == "PDConnector"
 
 
-
 def test_a_side_channel_port_for_all_instances_is_refused() -> None:
     with pytest.raises(ConfigError, match="side_channel_port 47000"):
         plan_of(Topology(connector=ConnectorConfig(side_channel_port=47000)))
