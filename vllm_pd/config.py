@@ -190,6 +190,7 @@ class RouterConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         connect_timeout_s: longest wait for a TCP connection to an instance.
         prefill_timeout_s: longest wait for the prefill leg.
         decode_idle_timeout_s: longest silence of the decode leg.
+        client_timeout_s: longest wait for a client to take the next part of its stream.
         max_body_len: largest request body, in bytes.
         min_prefill_tokens: prompts with fewer tokens that the decode instance has not
             cached are prefilled there, if it has room; 0: none are. Lengths are estimates.
@@ -229,6 +230,7 @@ class RouterConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     connect_timeout_s: float = 3.0
     prefill_timeout_s: float = 600.0
     decode_idle_timeout_s: float = 600.0
+    client_timeout_s: float = 60.0
     max_body_len: int = 64 * 1024 * 1024
     # The length from which a prefill leg pays depends on model and hardware, and decode
     # instances are sized for decoding: unless they are told to, they prefill nothing.
@@ -260,6 +262,7 @@ class RouterConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             "connect_timeout_s",
             "prefill_timeout_s",
             "decode_idle_timeout_s",
+            "client_timeout_s",
             "health_interval_s",
             "health_failures",
             "health_successes",

@@ -27,19 +27,21 @@ class Call:
         request_id: names it on every leg.
         headers: headers of every leg.
         outcome: how it goes, for the metrics.
+        client: whose request it is.
     """
 
     request: web.Request
     request_id: str
     headers: CIMultiDict[str]
     outcome: Outcome
+    client: Client
 
     @classmethod
-    def begin(cls, request: web.Request, outcome: Outcome) -> Self:
+    def begin(cls, request: web.Request, outcome: Outcome, client: Client) -> Self:
         """Name a request and make the headers of its legs."""
         request_id = http_headers.choose_request_id(request.headers)
         leg_headers = http_headers.to_instance(request.headers, request_id)
-        return cls(request, request_id, leg_headers, outcome)
+        return cls(request, request_id, leg_headers, outcome, client)
 
     @property
     def path(self) -> str:
@@ -81,7 +83,6 @@ class Job:
         members: the same with values as they came, for the legs.
         prompt: what it asks for.
         matches: what the instances have seen of it.
-        client: whose it is.
         priority: the lower, the earlier.
     """
 
@@ -89,7 +90,6 @@ class Job:
     members: bodies.Body
     prompt: Prompt
     matches: Matches
-    client: Client
     priority: int
 
     def leg(self, kv_params: dict[str, Any] | None) -> bytes:

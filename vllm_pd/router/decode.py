@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
 from dataclasses import dataclass
@@ -66,11 +67,18 @@ class Opened:
 
 
 class DecodeLegs:
-    """Sends decode legs and relays their answers."""
+    """Sends decode legs and relays their answers.
 
-    def __init__(self, pool: InstancePool, upstream: Upstream) -> None:
+    Args:
+        pool: counts what is open, and hears of failures.
+        upstream: HTTP to the instances.
+        client_timeout_s: longest wait for a client to take a part of its stream.
+    """
+
+    def __init__(self, pool: InstancePool, upstream: Upstream, *, client_timeout_s: float) -> None:
         self._pool = pool
         self._upstream = upstream
+        self._client_timeout_s = client_timeout_s
 
     async def open(
         self,
@@ -135,7 +143,7 @@ class DecodeLegs:
         chunk = answer.first
         while chunk:
             if passed := reader.feed(chunk):
-                await response.write(passed)
+                await self._write(response, passed)
             if reader.aborted:
                 return AbortedError("the instance aborted the request")
             try:
@@ -146,8 +154,20 @@ class DecodeLegs:
         if reader.aborted or not reader.ended:
             return TruncatedError("the stream ended too early")
         if rest:
-            await response.write(rest)
+            await self._write(response, rest)
         return None
+
+    async def _write(self, response: web.StreamResponse, data: bytes) -> None:
+        """Send to the client, who must not hold an instance up for ever.
+
+        Raises:
+            ConnectionResetError: the client has left, or takes nothing.
+        """
+        try:
+            async with asyncio.timeout(self._client_timeout_s):
+                await response.write(data)
+        except TimeoutError:
+            raise ConnectionResetError("the client takes too long") from None
 
 
 def plain_answer(call: Call, answer: Answer, body: bytes) -> web.Response:

@@ -98,7 +98,9 @@ class Proxy:
         self._stages = backend.stages
         self._access = backend.access
         self._prefill_legs = PrefillLegs(backend.pool, backend.upstream)
-        self._decode_legs = DecodeLegs(backend.pool, backend.upstream)
+        self._decode_legs = DecodeLegs(
+            backend.pool, backend.upstream, client_timeout_s=config.client_timeout_s
+        )
         self._metrics = metrics
         self._config = config
         self._rng = backend.rng
@@ -115,11 +117,11 @@ class Proxy:
         self, request: web.Request, serve: Callable[[Call], Awaitable[web.StreamResponse]]
     ) -> web.StreamResponse:
         with self._metrics.request(request.path) as outcome:
-            call = Call.begin(request, outcome)
             client = self._access.client_of(request.headers)
             if client is None:
                 outcome.code = 401
                 return unauthorized_response()
+            call = Call.begin(request, outcome, client)
             self._access.authorize(call.headers)
             try:
                 with client.request():
@@ -156,17 +158,15 @@ class Proxy:
             return await self._serve(call, job)
 
     def _job(self, call: Call, raw: bytes, body: dict[str, object]) -> Job:
-        client = self._access.client_of(call.request.headers)
-        assert client is not None
         headers = call.request.headers
         asked = body.get("priority")
-        priority = client.priority(priority_of(headers, asked))
+        priority = call.client.priority(priority_of(headers, asked))
         members = bodies.verbatim(raw, body)
         if asked is not None and asked != priority and isinstance(asked, int):
             members = {**members, "priority": priority}  # the engines have queues, too
         prompt = read_prompt(body, session=session_of(headers, body))
         matches = self._index.matches(prompt)
-        return Job(body, members, prompt, matches, client, priority)
+        return Job(body, members, prompt, matches, priority)
 
     async def _serve(self, call: Call, job: Job) -> web.StreamResponse:
         decision = policy.should_disaggregate(job.body)
@@ -181,19 +181,19 @@ class Proxy:
         early = _Early()
         try:
             async with self._slot(Role.PREFILL, call, job.priority, job.prompt.num_tokens):
-                result = await self._prefill(call, job, pair, early)
+                result = await self._prefill(call, job, early)
             return await self._finish(call, job, result, early)
         finally:
-            await early.cancel()
+            early.cancel()
 
     async def _prefill(
-        self, call: Call, job: Job, pair: Pair, early: _Early
+        self, call: Call, job: Job, early: _Early
     ) -> Prefilled | NotPrefilled | Refused:
         """Have the prompt prefilled, by another instance if one fails."""
         tried: set[str] = set()
         busy: Answer | None = None
-        choice: Pair | None = pair
-        while choice is not None:
+        # Anew, as instances may have come or gone while the request waited.
+        while (choice := self._choose_pair(job, tried=tried)) is not None:
             instance = self._pool.at(choice.prefill)
             if tried:
                 self._metrics.prefill_retries.inc()
@@ -213,8 +213,9 @@ class Proxy:
             if not isinstance(result, Failed):
                 return result
             busy = result.busy or busy
-            choice = self._choose_pair(job, tried=tried)
-        return Refused(busy) if busy is not None else NotPrefilled("prefill_failed")
+        if busy is not None:
+            return Refused(busy)
+        return NotPrefilled("prefill_failed" if tried else "no_prefill_instance")
 
     def _open_early(
         self, call: Call, job: Job, pair: Pair, transfer_id: str, early: _Early
@@ -239,7 +240,7 @@ class Proxy:
             call.outcome.path = PATH_DISAGGREGATED
             return plain_answer(call, result.answer, result.answer.first)
         if isinstance(result, NotPrefilled):
-            await early.cancel()  # it would wait for nothing
+            early.cancel()  # it would wait for nothing
             if result.reason == "invalid_request":
                 return await self._decode_only(call, job, result.reason)
             return await self._fall_back(call, job, result.reason)
@@ -312,8 +313,13 @@ class Proxy:
                 if is_idle_timeout(exc):
                     break  # the client has waited long enough
                 continue
-            self._note_refusal(opened, prefilled)
             with opened:
+                # Perhaps its engine is dead. One more is tried, and no further one: the request
+                # may be what engines cannot stand.
+                is_first = opened.answer.status >= 500 and len(tried) == 1
+                if is_first and self._choose_decode(job, producer, tried) is not None:
+                    continue
+                self._note_refusal(opened, prefilled)
                 return await self._decode_legs.relay(call, opened, details)
         if prefilled is not None:
             self._release(prefilled.instance, str(prefilled.kv_params.get("transfer_id")))
@@ -325,9 +331,8 @@ class Proxy:
     async def _slot(
         self, role: Role, call: Call, priority: int, num_tokens: int = 1
     ) -> AsyncIterator[None]:
-        client = self._access.client_of(call.request.headers)
-        name = client.name if client else ""
-        async with self._stages[role].slot(name, priority=priority, cost=num_tokens) as waited_s:
+        stage, name = self._stages[role], call.client.name
+        async with stage.slot(name, priority=priority, cost=num_tokens) as waited_s:
             self._metrics.queue_seconds.labels(role.value).observe(waited_s)
             yield
 
@@ -389,7 +394,7 @@ class _Early:
         if self._task is None:
             return None
         if not is_as_expected(prefilled, self._params):
-            await self.cancel()
+            self.cancel()
             return None
         task = self._task
         try:
@@ -400,14 +405,18 @@ class _Early:
         self._task = None
         return opened
 
-    async def cancel(self) -> None:
-        """Give it up, if nobody has taken it."""
+    def cancel(self) -> None:
+        """Give it up, if nobody has taken it; never waits."""
         task, self._task = self._task, None
-        if task is None:
-            return
-        task.cancel()
-        with contextlib.suppress(asyncio.CancelledError, *UPSTREAM_ERRORS):
-            (await task).close()
+        if task is not None:
+            task.cancel()
+            task.add_done_callback(_close_unwanted)
+
+
+def _close_unwanted(task: asyncio.Task[Opened]) -> None:
+    """End an answer that came although its leg was given up."""
+    if not task.cancelled() and task.exception() is None:
+        task.result().close()
 
 
 def _work(job: Job) -> Work:

@@ -54,6 +54,7 @@ class FakeInstance:
     received: list[Received] = field(default_factory=list)
     started: asyncio.Event = field(default_factory=asyncio.Event)
     cancelled: asyncio.Event = field(default_factory=asyncio.Event)
+    ended: asyncio.Event = field(default_factory=asyncio.Event)
 
     async def __aenter__(self) -> Self:
         app = web.Application(client_max_size=2**26)
@@ -94,6 +95,8 @@ class FakeInstance:
         except asyncio.CancelledError:
             self.cancelled.set()
             raise
+        finally:
+            self.ended.set()
 
 
 async def prefills(_request: web.Request) -> web.StreamResponse:

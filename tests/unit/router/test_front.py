@@ -204,6 +204,17 @@ async def test_an_answer_that_a_draining_instance_aborted_comes_from_another(
     assert len(draining.received) == len(other.received) == 1
 
 
+async def test_an_instance_whose_engine_fails_is_replaced_once(
+    start_router: StartRouter, start_instance: StartInstance, prefill: FakeInstance
+) -> None:
+    bad = [await start_instance(answers(500, {"error": {"message": str(i)}})) for i in range(3)]
+    router = await start_router([prefill], bad)
+    async with router.post(COMPLETIONS, json=BODY) as response:
+        assert response.status == 500
+        assert await response.json() == {"error": {"message": "1"}}
+    assert [len(one.received) for one in bad] == [1, 1, 0]
+
+
 async def test_admin_is_there_only_with_a_key(
     start_router: StartRouter, prefill: FakeInstance, decode: FakeInstance, tmp_path: Path
 ) -> None:

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import json
 
+from aiohttp import web
+
 from tests.unit.router.conftest import StartInstance, StartRouter
 from tests.unit.router.fakes import FakeInstance, Streams, completes
 
@@ -38,6 +40,22 @@ async def test_the_first_event_does_not_wait_for_the_next(
         assert await response.content.readany() == b"data: 1\n\n"
         streams.go_on.set()
         assert await response.content.read() == b"data: half an event\n\n" + DONE
+
+
+async def test_a_client_that_takes_nothing_is_given_up(
+    start_router: StartRouter, start_instance: StartInstance, prefill: FakeInstance
+) -> None:
+    async def endless(request: web.Request) -> web.StreamResponse:
+        response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
+        await response.prepare(request)
+        while True:  # until the router closes the connection
+            await response.write(b"data: " + b"x" * 2**16 + b"\n\n")
+
+    decode = await start_instance(endless)
+    router = await start_router([prefill], [decode], client_timeout_s=0.05)
+    async with router.post(CHAT, json=BODY) as response:
+        assert response.status == 200
+        await decode.ended.wait()  # although nobody has read or left
 
 
 async def test_a_stream_that_ends_without_saying_so_ends_with_an_error_event(
