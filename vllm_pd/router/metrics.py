@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from vllm_pd.router.instances import InstancePool
 
 _QUEUE_BUCKETS = (0.001, 0.01, 0.1, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)  # seconds
+_REQUEST_BUCKETS = (
+    *(0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5),
+    *(5.0, 10.0, 20.0, 40.0, 80.0, 160.0, 640.0),
+)  # seconds
 _CLIENT_CLOSED = 499
 """nginx's status for a client that left before its answer was complete."""
 
@@ -23,10 +28,12 @@ class Outcome:
     Attributes:
         path: ``X-VLLM-PD-Path`` of the answer, ``none`` if no instance was chosen.
         code: HTTP status; of a stream that broke, the status it should have had.
+        began: when the request came, on the monotonic clock.
     """
 
     path: str = "none"
     code: int = 500
+    began: float = field(default_factory=time.monotonic)
 
 
 class Metrics:
@@ -68,6 +75,26 @@ class Metrics:
             registry=self._registry,
             buckets=_QUEUE_BUCKETS,
         )
+        self.prefill_seconds = Histogram(
+            "vllm_pd:router_prefill_seconds",
+            "Prefill legs that succeeded, from the request to the answer.",
+            registry=self._registry,
+            buckets=_REQUEST_BUCKETS,
+        )
+        self._first_bytes_seconds = Histogram(
+            "vllm_pd:router_first_bytes_seconds",
+            "From a request's arrival to the first bytes of its answer.",
+            ["path"],
+            registry=self._registry,
+            buckets=_REQUEST_BUCKETS,
+        )
+        self._request_seconds = Histogram(
+            "vllm_pd:router_request_seconds",
+            "From a request's arrival to the end of its answer.",
+            ["path"],
+            registry=self._registry,
+            buckets=_REQUEST_BUCKETS,
+        )
         self._instance_up = Gauge(
             "vllm_pd:router_instance_up",
             "Whether the router sends requests to an instance.",
@@ -94,6 +121,12 @@ class Metrics:
         finally:
             self._in_flight.dec()
             self._requests.labels(endpoint, outcome.path, str(outcome.code)).inc()
+            self._request_seconds.labels(outcome.path).observe(time.monotonic() - outcome.began)
+
+    def note_first_bytes(self, outcome: Outcome) -> None:
+        """Take note that an instance has begun to answer a request."""
+        since = time.monotonic() - outcome.began
+        self._first_bytes_seconds.labels(outcome.path).observe(since)
 
     def render(self, pool: InstancePool) -> bytes:
         """Return everything in Prometheus' text format."""

@@ -26,6 +26,7 @@ import asyncio
 import contextlib
 import logging
 import random
+import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass
@@ -205,11 +206,14 @@ class Proxy:
             ):
                 self._open_early(call, job, choice, transfer_id, early)
             self._index.note(job.prompt, instance.base_url)
+            began = time.monotonic()
             try:
                 result = await self._prefill_legs.run(instance, call, job, transfer_id=transfer_id)
             except asyncio.CancelledError:  # the client left, perhaps just when it was over
                 self._release(instance, transfer_id)
                 raise
+            if isinstance(result, Prefilled):
+                self._metrics.prefill_seconds.observe(time.monotonic() - began)
             if not isinstance(result, Failed):
                 return result
             busy = result.busy or busy
@@ -251,6 +255,7 @@ class Proxy:
                 self._metrics.early_decodes.inc()
                 self._note_refusal(opened, result)
                 with opened:
+                    self._metrics.note_first_bytes(call.outcome)
                     return await self._decode_legs.relay(call, opened, result.details)
             return await self._decode(
                 call, job.leg(result.kv_params), _work(job), job=job, prefilled=result
@@ -320,6 +325,7 @@ class Proxy:
                 if is_first and self._choose_decode(job, producer, tried) is not None:
                     continue
                 self._note_refusal(opened, prefilled)
+                self._metrics.note_first_bytes(call.outcome)
                 return await self._decode_legs.relay(call, opened, details)
         if prefilled is not None:
             self._release(prefilled.instance, str(prefilled.kv_params.get("transfer_id")))

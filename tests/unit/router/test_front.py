@@ -168,6 +168,25 @@ async def test_a_short_prompt_skips_the_prefill_instance(
     assert prefill.received == []
 
 
+async def test_stages_are_timed(
+    start_router: StartRouter, prefill: FakeInstance, decode: FakeInstance
+) -> None:
+    router = await start_router([prefill], [decode])
+    async with router.post(COMPLETIONS, json=BODY):
+        pass
+    async with router.get("/metrics") as response:
+        metrics = await response.text()
+    path = '{path="disaggregated"}'
+    for count in (
+        'queue_seconds_count{stage="prefill"}',
+        'queue_seconds_count{stage="decode"}',
+        "prefill_seconds_count",
+        f"first_bytes_seconds_count{path}",
+        f"request_seconds_count{path}",
+    ):
+        assert f"vllm_pd:router_{count} 1.0" in metrics
+
+
 async def test_a_long_prompt_is_not_prefilled_where_others_decode(
     start_router: StartRouter, start_instance: StartInstance, decode: FakeInstance
 ) -> None:
