@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -99,7 +100,8 @@ def test_finished_prefill_is_kept_and_answered(make: MakeConnector) -> None:
     keep, params = connector.request_finished_all_groups(request, ([7, 8, 9],))
     assert keep
     assert params["remote_block_ids"] == [7, 8, 9][: -(-40 // block_size)]
-    metadata = connector.build_connector_meta(None)
+    step = SimpleNamespace(total_num_scheduled_tokens=0)
+    metadata = connector.build_connector_meta(step)
     assert [grant.request_id for grant in metadata.grants] == ["req-1"]
 
 

@@ -166,6 +166,7 @@ class PDConnector(KVConnectorBase_V1, SupportsHMA):
     @_contained(PDConnectorMetadata)
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> KVConnectorMetadata:
         """Pack what the worker half must know in this step."""
+        computes = scheduler_output.total_num_scheduled_tokens > 0
         news = self._scheduler_half.build_step_news()
         failed, self._failed_loads = self._failed_loads, []
         return PDConnectorMetadata(
@@ -176,7 +177,7 @@ class PDConnector(KVConnectorBase_V1, SupportsHMA):
             news.aborted_loads,
             failed,
             news.num_blocks_saved,
-            computes=scheduler_output.total_num_scheduled_tokens > 0,
+            computes=computes,
         )
 
     @_contained(lambda: None)
