@@ -190,7 +190,8 @@ class RouterConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         connect_timeout_s: longest wait for a TCP connection to an instance.
         prefill_timeout_s: longest wait for the prefill leg.
         decode_idle_timeout_s: longest silence of the decode leg.
-        client_timeout_s: longest wait for a client to take the next part of its stream.
+        client_timeout_s: longest time for a client to send a body, and to take each part
+            of a stream.
         max_body_len: largest request body, in bytes.
         min_prefill_tokens: prompts with fewer tokens that the decode instance has not
             cached are prefilled there, if it has room; 0: none are. Lengths are estimates.
@@ -413,7 +414,7 @@ def load_mapping(path: Path) -> dict[str, Any]:
         values = yaml.safe_load(path.read_text())
     except (OSError, UnicodeDecodeError) as exc:
         raise ConfigError(f"cannot read {path}: {exc}") from exc
-    except yaml.YAMLError as exc:
+    except (yaml.YAMLError, ValueError, RecursionError) as exc:  # ValueError: an odd date
         raise ConfigError(f"{path} is not YAML: {' '.join(str(exc).split())}") from exc
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: expected a mapping at the top level")

@@ -130,6 +130,7 @@ class LeaseTable:
     num_ended: Counter[LeaseEnd] = field(default_factory=Counter)
     _leases: dict[str, _Lease] = field(default_factory=dict)
     _ended: OrderedDict[str, None] = field(default_factory=OrderedDict)
+    _unwanted: OrderedDict[str, None] = field(default_factory=OrderedDict)  # before their grant
 
     def __len__(self) -> int:
         return len(self._leases)
@@ -154,8 +155,8 @@ class LeaseTable:
         block_ids: Sequence[int],
         now: float,
         prompt_digest: str = "",
-    ) -> None:
-        """Start a lease.
+    ) -> str | None:
+        """Start a lease; return the request id to free, if it was released before.
 
         Raises:
             LocalProtocolError: the transfer id holds a lease already.
@@ -163,6 +164,8 @@ class LeaseTable:
         if transfer_id in self._leases:
             raise LocalProtocolError(f"transfer {transfer_id} already holds a lease")
         self._ended.pop(transfer_id, None)
+        is_unwanted = transfer_id in self._unwanted
+        self._unwanted.pop(transfer_id, None)
         self._leases[transfer_id] = _Lease(
             request_id,
             tuple(block_ids),
@@ -170,6 +173,7 @@ class LeaseTable:
             now + self.max_lease_s,
             prompt_digest,
         )
+        return self._end(transfer_id, LeaseEnd.RELEASED) if is_unwanted else None
 
     def renew(self, transfer_id: str, now: float) -> None:
         """Prolong a lease whose consumer still queues; never shortens it.
@@ -241,11 +245,15 @@ class LeaseTable:
     def release(self, transfer_id: str) -> str | None:
         """End a lease early; return the request id to free now, if any.
 
-        A lease that is being read ends when the read does. Unknown ids are
-        ignored, as a release crosses with expiry.
+        A lease that is being read ends when the read does. A release of an id that is
+        not known yet ends its lease when it begins: a decode request may come before
+        its prefill, and go before it.
         """
         lease = self._leases.get(transfer_id)
         if lease is None:
+            if transfer_id not in self._ended:
+                self._unwanted[transfer_id] = None
+                _shrink(self._unwanted, self.num_remembered)
             return None
         lease.is_released = True
         return None if lease.num_reading else self._end(transfer_id, LeaseEnd.RELEASED)
@@ -269,6 +277,10 @@ class LeaseTable:
     def _end(self, transfer_id: str, reason: LeaseEnd) -> str:
         self.num_ended[reason] += 1
         self._ended[transfer_id] = None
-        while len(self._ended) > self.num_remembered:
-            self._ended.popitem(last=False)
+        _shrink(self._ended, self.num_remembered)
         return self._leases.pop(transfer_id).request_id
+
+
+def _shrink(ids: OrderedDict[str, None], most: int) -> None:
+    while len(ids) > most:
+        ids.popitem(last=False)

@@ -258,7 +258,7 @@ def unauthorized_response() -> web.Response:
 def _read_entries(path: Path) -> list[_Entry]:
     try:
         values = yaml.safe_load(read_secret(path))
-    except yaml.YAMLError as exc:
+    except (yaml.YAMLError, ValueError, RecursionError) as exc:  # ValueError: an odd date
         # Its text would quote the file, keys included.
         mark = getattr(exc, "problem_mark", None)
         where = f" at line {mark.line + 1}" if mark else ""

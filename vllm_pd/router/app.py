@@ -234,12 +234,14 @@ async def _resources(app: web.Application) -> AsyncIterator[None]:
         backend = Backend(pool, upstream, control, index, stages, app[ACCESS], app[RNG])
         app[POOL] = pool
         app[PROXY] = Proxy(backend, app[METRICS], config)
-        followed = [app[ACCESS].watch(), _follow_capacity(config, pool, stages)]
+        file = None
         if config.instances_file is not None:
             file = InstancesFile(Path(config.instances_file), pool)
-            followed.append(file.watch(config.health_interval_s))
         await pool.start()
         stack.push_async_callback(pool.stop)
+        followed = [app[ACCESS].watch(), _follow_capacity(config, pool, stages)]
+        if file is not None:
+            followed.append(file.watch(config.health_interval_s))
         tasks = [asyncio.create_task(task) for task in followed]
         try:
             yield

@@ -19,7 +19,8 @@ Body = Mapping[str, Any]
 KV_PARAMS = "kv_transfer_params"
 _EC_PARAMS = "ec_transfer_params"  # of encoder caches, likewise
 
-_RESPONSES = "/v1/responses"
+RESPONSES = "/v1/responses"
+"""Path of the endpoint with limits and answers of its own."""
 
 _EXTRA = "vllm_xargs"
 
@@ -95,7 +96,7 @@ def verbatim(raw: bytes, body: Body) -> Body:
 def prefill_body(body: Body, transfer_id: str, *, path: str) -> dict[str, Any]:
     """Return the body that makes an instance prefill and keep the KV cache."""
     leg = {name: value for name, value in body.items() if name not in _NOT_FOR_PREFILL}
-    if path == _RESPONSES:
+    if path == RESPONSES:
         leg["max_output_tokens"] = 1
         leg["store"] = False
     else:

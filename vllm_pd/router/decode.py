@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
 
 from aiohttp import web
 
 from vllm_pd.router import headers as http_headers
+from vllm_pd.router.body import RESPONSES
 from vllm_pd.router.call import Call
 from vllm_pd.router.instance import Instance, describe
 from vllm_pd.router.instances import InstancePool, Use
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_LOCAL_PREFILL_S = 5.0
 _INCOMPLETE = "The output is incomplete."
 
 
@@ -88,6 +91,7 @@ class DecodeLegs:
         work: Work,
         *,
         local_tokens: int = 0,
+        is_early: bool = False,
     ) -> Opened:
         """Send a request and wait for the beginning of its answer.
 
@@ -97,6 +101,7 @@ class DecodeLegs:
             leg: the body.
             work: what it is for the instance until the answer is complete.
             local_tokens: prompt tokens that it has to compute before it answers.
+            is_early: whether it has to wait for a prefill, so that silence is not its fault.
 
         Raises:
             OSError: one of ``UPSTREAM_ERRORS``; the instance has been told off for it.
@@ -104,16 +109,17 @@ class DecodeLegs:
         with contextlib.ExitStack() as stack:
             use = stack.enter_context(self._pool.in_use(instance, work))
             try:
-                with instance.ledger.open(Work(prefill_tokens=local_tokens)):
+                with _for_a_while(instance.ledger.open(Work(prefill_tokens=local_tokens))):
                     answer = await self._upstream.decode(
                         call.request.method, instance.base_url + call.path, call.headers, leg
                     )
-                if is_aborted(answer.first):
+                if _can_abort(call) and is_aborted(answer.first):
                     answer.close()
                     raise AbortedError("the instance aborted the request")
             except UPSTREAM_ERRORS as exc:
                 _warn(call, instance, exc)
-                use.failed(exc)
+                if not (is_early and is_idle_timeout(exc)):
+                    use.failed(exc)
                 raise
             if answer.status == 200:
                 use.succeeded()
@@ -127,23 +133,26 @@ class DecodeLegs:
         call.outcome.code = answer.status
         response = web.StreamResponse(status=answer.status, headers=_headers(call, answer))
         await response.prepare(call.request)
-        failure = await self._stream(answer, response, SseReader(details))
+        failure = await self._stream(
+            call, answer, response, SseReader(details, can_abort=_can_abort(call))
+        )
         if failure is not None:
             _warn(call, opened.instance, failure)
             opened.failed(failure)
             call.outcome.code, message = failure_of(failure)
-            await response.write(error_event(call.outcome.code, f"{message} {_INCOMPLETE}"))
+            event = error_event(call.outcome.code, f"{message} {_INCOMPLETE}")
+            await self._write(call, response, event)
         await response.write_eof()
         return response
 
     async def _stream(
-        self, answer: Answer, response: web.StreamResponse, reader: SseReader
+        self, call: Call, answer: Answer, response: web.StreamResponse, reader: SseReader
     ) -> BaseException | None:
         """Pass bytes on as they come; return why they are not complete, if they are not."""
         chunk = answer.first
         while chunk:
             if passed := reader.feed(chunk):
-                await self._write(response, passed)
+                await self._write(call, response, passed)
             if reader.aborted:
                 return AbortedError("the instance aborted the request")
             try:
@@ -154,10 +163,10 @@ class DecodeLegs:
         if reader.aborted or not reader.ended:
             return TruncatedError("the stream ended too early")
         if rest:
-            await self._write(response, rest)
+            await self._write(call, response, rest)
         return None
 
-    async def _write(self, response: web.StreamResponse, data: bytes) -> None:
+    async def _write(self, call: Call, response: web.StreamResponse, data: bytes) -> None:
         """Send to the client, who must not hold an instance up for ever.
 
         Raises:
@@ -167,7 +176,25 @@ class DecodeLegs:
             async with asyncio.timeout(self._client_timeout_s):
                 await response.write(data)
         except TimeoutError:
+            logger.info("%s: its client takes nothing and is given up", call.request_id)
+            if call.request.transport is not None:
+                call.request.transport.abort()  # or what it does not take would be waited for
             raise ConnectionResetError("the client takes too long") from None
+
+
+@contextlib.contextmanager
+def _for_a_while(context: contextlib.AbstractContextManager[None]) -> Iterator[None]:
+    """Leave a context after the time that a prefill takes at most, even if its block goes on.
+
+    What is not streamed is answered at its end, long after its prompt was computed.
+    """
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(context)
+        timer = asyncio.get_running_loop().call_later(_LOCAL_PREFILL_S, stack.close)
+        try:
+            yield
+        finally:
+            timer.cancel()
 
 
 def plain_answer(call: Call, answer: Answer, body: bytes) -> web.Response:
@@ -197,6 +224,10 @@ def _headers(call: Call, answer: Answer) -> CIMultiDict[str]:
     headers = http_headers.to_client(answer.headers)
     headers.update(call.answer_headers())
     return headers
+
+
+def _can_abort(call: Call) -> bool:
+    return call.path != RESPONSES
 
 
 def _warn(call: Call, instance: Instance, exc: BaseException) -> None:

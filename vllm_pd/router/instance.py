@@ -36,6 +36,7 @@ class Instance:
         in_flight: requests that the router has open there.
         engine_id: of the running engine, another one after a restart; None: unknown.
         fingerprint: equal for instances that can exchange KV cache; None: unknown.
+        heard: another address of a control endpoint, by an answer of the instance; None: no.
         several_engines: whether its prefills were found at another engine than ``engine_id``.
         ledger: what the router has open there, and its load by its own metrics.
         probed: set once the first probe has been answered or failed.
@@ -52,6 +53,7 @@ class Instance:
     in_flight: int = 0
     engine_id: str | None = None
     fingerprint: str | None = None
+    heard: Address | None = None
     several_engines: bool = False
     ledger: Ledger = field(default_factory=Ledger)
     probed: asyncio.Event = field(default_factory=asyncio.Event)

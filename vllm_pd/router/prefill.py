@@ -7,8 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
+from vllm_pd.errors import ConfigError
 from vllm_pd.protocol.params import pending_prefill_params
 from vllm_pd.router import body as bodies
+from vllm_pd.router.addresses import control_address
 from vllm_pd.router.call import Call, Job
 from vllm_pd.router.instance import Instance, describe
 from vllm_pd.router.instances import InstancePool
@@ -143,12 +145,21 @@ def is_as_expected(prefilled: Prefilled, params: Mapping[str, Any]) -> bool:
 
 
 def _learn(instance: Instance, kv_params: Mapping[str, Any]) -> None:
-    """Take note of where an instance's control endpoint is, if nobody has told."""
+    """Take note of where an instance's control endpoint is, if nobody has told.
+
+    After a restart it is somewhere else, and with several engines in several places: the
+    watcher finds out which.
+    """
     host, port = kv_params.get("remote_host"), kv_params.get("remote_port")
     is_ours = isinstance(kv_params.get("remote_prompt_digest"), str)  # not of another connector
-    if instance.control is None and is_ours and isinstance(host, str) and isinstance(port, int):
-        instance.control = host, port
-        instance.learn_now.set()
+    if not is_ours or (host, port) == instance.control:
+        return
+    try:
+        address = control_address(f"{host}:{port}")
+    except ConfigError:
+        return
+    instance.heard = address
+    instance.learn_now.set()
 
 
 def _warn(call: Call, instance: Instance, what: str) -> None:

@@ -139,7 +139,7 @@ class Proxy:
                 return error_answer(call, 503, str(exc))
 
     async def _forward(self, call: Call) -> web.StreamResponse:
-        raw = await call.read(self._config.max_body_len) if call.request.body_exists else None
+        raw = await self._read(call) if call.request.body_exists else None
         body = bodies.parse(raw) if raw else None
         leg = raw if raw is None or body is None else bodies.dump(bodies.verbatim(raw, body))
         self._check_decode()  # before it waits in a queue
@@ -147,7 +147,7 @@ class Proxy:
             return await self._decode(call, leg, Work(num_sequences=1))
 
     async def _generate(self, call: Call) -> web.StreamResponse:
-        raw = await call.read(self._config.max_body_len)
+        raw = await self._read(call)
         body = bodies.parse(raw)
         self._check_decode()  # before a prefill is wasted
         if body is None:
@@ -158,13 +158,21 @@ class Proxy:
         async with self._slot(Role.DECODE, call, job.priority):
             return await self._serve(call, job)
 
+    async def _read(self, call: Call) -> bytes:
+        try:
+            async with asyncio.timeout(self._config.client_timeout_s):
+                return await call.read(self._config.max_body_len)
+        except TimeoutError:
+            call.outcome.code = 408
+            raise web.HTTPRequestTimeout from None
+
     def _job(self, call: Call, raw: bytes, body: dict[str, object]) -> Job:
         headers = call.request.headers
         asked = body.get("priority")
         priority = call.client.priority(priority_of(headers, asked))
         members = bodies.verbatim(raw, body)
-        if asked is not None and asked != priority and isinstance(asked, int):
-            members = {**members, "priority": priority}  # the engines have queues, too
+        if type(asked) is int and (allowed := call.client.priority(asked)) != asked:
+            members = {**members, "priority": allowed}  # the engines have queues, too
         prompt = read_prompt(body, session=session_of(headers, body))
         matches = self._index.matches(prompt)
         return Job(body, members, prompt, matches, priority)
@@ -178,7 +186,7 @@ class Proxy:
             return await self._fall_back(call, job, "no_prefill_instance")
         decision = policy.weigh(pair, job.prompt.num_tokens, job.matches, self._config)
         if not decision.disaggregate:
-            return await self._decode_only(call, job, decision.reason)
+            return await self._decode_only(call, job, decision.reason, pair.decode)
         early = _Early()
         try:
             async with self._slot(Role.PREFILL, call, job.priority, job.prompt.num_tokens):
@@ -216,6 +224,7 @@ class Proxy:
                 self._metrics.prefill_seconds.observe(time.monotonic() - began)
             if not isinstance(result, Failed):
                 return result
+            early.cancel()  # it waits for this attempt
             busy = result.busy or busy
         if busy is not None:
             return Refused(busy)
@@ -230,7 +239,10 @@ class Proxy:
             return
         instance = self._pool.at(pair.decode)
         self._index.note(job.prompt, instance.base_url)
-        early.start(params, self._decode_legs.open(instance, call, job.leg(params), _work(job)))
+        early.start(
+            params,
+            self._decode_legs.open(instance, call, job.leg(params), _work(job), is_early=True),
+        )
 
     async def _finish(
         self,
@@ -251,7 +263,9 @@ class Proxy:
         call.outcome.path = PATH_DISAGGREGATED
         try:
             opened = await early.take(result)
-            if opened is not None:
+            if opened is not None and opened.answer.status >= 500:
+                opened.close()  # perhaps another one does better
+            elif opened is not None:
                 self._metrics.early_decodes.inc()
                 self._note_refusal(opened, result)
                 with opened:
@@ -264,12 +278,12 @@ class Proxy:
             self._release(result.instance, str(result.kv_params.get("transfer_id")))
             raise
 
-    async def _decode_only(self, call: Call, job: Job, reason: str) -> web.StreamResponse:
-        """Have a decode instance prefill by itself."""
+    async def _decode_only(
+        self, call: Call, job: Job, reason: str, view: InstanceView | None = None
+    ) -> web.StreamResponse:
+        """Have a decode instance prefill by itself, ``view`` if there is no other reason."""
         self._note_decode_only(call, reason)
-        return await self._decode(
-            call, job.leg(None), _work(job), job=job, local_tokens=job.prompt.num_tokens
-        )
+        return await self._decode(call, job.leg(None), _work(job), job=job, first=view)
 
     async def _fall_back(self, call: Call, job: Job, reason: str) -> web.StreamResponse:
         """Do so for want of a prefill instance, within limits: all streams there suffer.
@@ -287,7 +301,7 @@ class Proxy:
                 "No prefill instance is available, and the decode instances have no room to "
                 "prefill the prompt."
             )
-        return await self._decode_only(call, job, reason)
+        return await self._decode_only(call, job, reason, view)
 
     async def _decode(
         self,
@@ -297,21 +311,26 @@ class Proxy:
         *,
         job: Job | None = None,
         prefilled: Prefilled | None = None,
-        local_tokens: int = 0,
+        first: InstanceView | None = None,
     ) -> web.StreamResponse:
         """Send the decode leg and relay its answer; another instance is tried if one fails."""
         details = prefilled.details if prefilled else _NO_DETAILS
         producer = prefilled.instance if prefilled else None
         tried: set[str] = set()
         failure: BaseException | None = None
-        while (view := self._choose_decode(job, producer, tried)) is not None:
+        while (view := first or self._choose_decode(job, producer, tried)) is not None:
+            first = None
             instance = self._pool.at(view)
             tried.add(instance.base_url)
             if job is not None:
                 self._index.note(job.prompt, instance.base_url)
             try:
                 opened = await self._decode_legs.open(
-                    instance, call, leg, work, local_tokens=local_tokens
+                    instance,
+                    call,
+                    leg,
+                    work,
+                    local_tokens=_uncached(job, instance) if job and not prefilled else 0,
                 )
             except UPSTREAM_ERRORS as exc:
                 failure = exc
@@ -423,6 +442,10 @@ def _close_unwanted(task: asyncio.Task[Opened]) -> None:
     """End an answer that came although its leg was given up."""
     if not task.cancelled() and task.exception() is None:
         task.result().close()
+
+
+def _uncached(job: Job, instance: Instance) -> int:
+    return max(0, job.prompt.num_tokens - job.matches.cached.get(instance.base_url, 0))
 
 
 def _work(job: Job) -> Work:

@@ -41,6 +41,8 @@ def is_aborted(data: bytes) -> bool:
 
     An instance that shuts down ends its requests so, with status 200. Nobody asked
     for it, so it is a failure of the instance and not the end of an answer.
+
+    Not for responses: they repeat JSON of the client's, which may hold anything.
     """
     return _ABORT_SIGN in data and _ABORT.search(data) is not None
 
@@ -58,12 +60,27 @@ class SseReader:
             it are kept from the client, who must be told of the failure.
     """
 
-    __slots__ = ("_details", "_held", "_max_event_len", "_overlong", "aborted", "ended")
+    __slots__ = (
+        "_can_abort",
+        "_details",
+        "_held",
+        "_max_event_len",
+        "_overlong",
+        "aborted",
+        "ended",
+    )
 
-    def __init__(self, details: PromptDetails, *, max_event_len: int = MAX_EVENT_LEN) -> None:
+    def __init__(
+        self,
+        details: PromptDetails,
+        *,
+        can_abort: bool = True,
+        max_event_len: int = MAX_EVENT_LEN,
+    ) -> None:
         self.ended = False
         self.aborted = False
         self._details = details
+        self._can_abort = can_abort
         self._max_event_len = max_event_len
         self._held = bytearray()  # the beginning of an event
         self._overlong = False  # part of the event has been passed on already
@@ -114,7 +131,7 @@ class SseReader:
         self._note_end(event)
         if len(event) > self._max_event_len:
             return event
-        if is_aborted(event):
+        if self._can_abort and is_aborted(event):
             self.aborted = True
             return b""
         return usage.repaired(event, self._details)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Self
 
+from multidict import CIMultiDict
 from yarl import URL
 
 from vllm_pd.config import RouterConfig
@@ -20,7 +21,6 @@ UPSTREAM_ERRORS = (OSError,)
 
 # vLLM closes connections that were idle for 5 s; ours must be the first to let go.
 _KEEPALIVE_S = 4.0
-_PROBE_TIMEOUT_S = 10.0
 
 
 class ConnectTimeoutError(TimeoutError):
@@ -199,26 +199,6 @@ class Upstream:
     async def __aexit__(self, *exc_info: object) -> None:
         self._pool.close()
 
-    async def is_healthy(self, base_url: str) -> bool:
-        """Ask an instance for its health."""
-        try:
-            answer = await self.fetch(f"{base_url}/health")
-        except UPSTREAM_ERRORS:
-            return False
-        return answer.status == 200
-
-    async def fetch(self, url: str) -> Answer:
-        """Return an instance's whole answer to a short question of the router's own.
-
-        Raises:
-            OSError: the instance is gone or broke off.
-            TimeoutError: it did not answer within 10 s.
-        """
-        async with asyncio.timeout(_PROBE_TIMEOUT_S):
-            answer = await self._exchange("GET", url, {"Accept": "*/*"}, None)
-        answer.close()
-        return answer
-
     async def prefill(self, url: str, headers: Mapping[str, str], body: bytes) -> Answer:
         """Send the prefill leg and return its whole answer.
 
@@ -253,7 +233,8 @@ class Upstream:
     ) -> Answer:
         origin, target, host = _locate(url)
         if body is not None:
-            headers = {**headers, "Content-Length": str(len(body))}
+            headers = CIMultiDict(headers)  # with all values of a repeated one
+            headers["Content-Length"] = str(len(body))
         head = request_head(method, target, host, headers)
         if (connection := self._pool.take(origin)) is not None:
             try:

@@ -57,7 +57,9 @@ def repaired(data: bytes, details: PromptDetails) -> bytes:
         details: counts of the prefill instance; empty if there was none.
     """
     if details and _DETAILS_SIGN in data:
-        data = _DETAILS.sub(lambda found: _with_counts(found, details), data)
+        start = max(0, data.rfind(b'"usage"'))  # what responses repeat comes before
+        repaired_end = _DETAILS.sub(lambda found: _with_counts(found, details), data[start:])
+        data = data[:start] + repaired_end
     if _KV_PARAMS_KEY in data:
         data = _without_kv_params(data)
     return data

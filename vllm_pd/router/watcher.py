@@ -100,12 +100,16 @@ class Watcher:
         instance = self._instance
         while True:
             instance.probe_now.clear()
-            healthy = await self._is_healthy()
-            if instance.probe_now.is_set():
-                continue  # a request failed meanwhile: what was asked before is old news
-            if healthy and not instance.healthy:
-                await self._describe()  # it may have restarted, as something else even
-            self._note(healthy=healthy)
+            try:
+                healthy = await self._is_healthy()
+                if instance.probe_now.is_set():
+                    continue  # a request failed meanwhile: what was asked before is old news
+                if healthy and not instance.healthy:
+                    await self._describe()  # it may have restarted, as something else even
+                self._note(healthy=healthy)
+            except Exception:
+                # A task that ended here would leave its instance as it is for ever.
+                logger.exception("cannot watch %s", instance.base_url)
             instance.probed.set()
             await self._pause(instance.probe_now)
 
@@ -159,7 +163,7 @@ class Watcher:
         if not instance.healthy:
             instance.ledger.note_scrape(None, num_own_before=0)
             return
-        if self._described_at != instance.control:
+        if self._described_at != instance.control or instance.heard is not None:
             await self._describe()
         if sources.scrape is not None:
             num_own_before = instance.ledger.outstanding.num_sequences
@@ -169,17 +173,24 @@ class Watcher:
 
     async def _describe(self) -> None:
         """Find out which engine runs there; keep what is known if it does not say."""
-        instance, address = self._instance, self._instance.control
+        instance = self._instance
+        heard, instance.heard = instance.heard, None
+        address = instance.control or heard
         if address is None or self._sources.control is None:
             return
         try:
             info = await self._sources.control.describe(address)
         except PDError as exc:
+            if heard is not None and heard != address:
+                instance.control = heard  # it has moved: asked next time
+                instance.learn_now.set()
+                return
             if not self._is_mute:
                 logger.warning("cannot ask %s who it is: %s", instance.base_url, describe(exc))
             self._is_mute = True
             return
         self._is_mute = False
+        instance.control = address
         known, instance.engine_id = instance.engine_id, info.engine_id
         instance.fingerprint = fingerprint_key(info)
         if instance.fingerprint is not None:
@@ -202,4 +213,6 @@ class Watcher:
             return (await self._sources.control.outstanding(address)).num_leases > 0
         except PDError as exc:
             logger.info("cannot ask %s what it keeps: %s", self._instance.base_url, describe(exc))
-            return False
+            # As long as it is there: one question may get lost. An endpoint that never
+            # answered keeps nobody waiting.
+            return self._instance.healthy and self._instance.engine_id is not None

@@ -122,7 +122,7 @@ class Producer:
     def grant(self, grant: Grant, now: float) -> None:
         """Start a lease and serve the fetches that wait for it."""
         try:
-            self._leases.grant(
+            unwanted = self._leases.grant(
                 grant.transfer_id,
                 request_id=grant.request_id,
                 block_ids=grant.block_ids,
@@ -134,6 +134,8 @@ class Producer:
             self._freed.append(grant.request_id)
             return
         self.num_granted += 1
+        if unwanted is not None:
+            self._freed.append(unwanted)
         waiting = [p for p in self._parked if p.fetch.transfer_id == grant.transfer_id]
         self._parked = [p for p in self._parked if p.fetch.transfer_id != grant.transfer_id]
         for parked in waiting:

@@ -197,6 +197,14 @@ def test_release_frees_at_once(leases: LeaseTable) -> None:
     assert leases.release("t") is None
 
 
+def test_release_that_comes_first_ends_the_lease_when_it_begins() -> None:
+    leases = LeaseTable(lease_s=10.0)
+    assert leases.release("t") is None
+    assert leases.grant("t", request_id="r", block_ids=(7,), now=0.0) == "r"
+    assert leases.has_ended("t")
+    assert leases.grant("t", request_id="r2", block_ids=(7,), now=0.0) is None
+
+
 def test_release_waits_for_a_reader_and_lets_no_other_in(leases: LeaseTable) -> None:
     begin(leases)
     assert leases.release("t") is None
@@ -284,6 +292,7 @@ class Leases(RuleBasedStateMachine):
         self.held: dict[str, Held] = {}  # by transfer id
         self.ended: Counter[LeaseEnd] = Counter()
         self.freed: list[str] = []
+        self.unwanted: set[str] = set()  # released before their grant
 
     def free(self, request_id: str, reason: LeaseEnd) -> None:
         assert request_id not in self.freed
@@ -296,12 +305,18 @@ class Leases(RuleBasedStateMachine):
     def grant(self, transfer_id: str) -> None:
         request_id = f"req-{next(self.numbers)}"
         try:
-            self.table.grant(transfer_id, request_id=request_id, block_ids=[1, 2], now=self.now)
+            freed = self.table.grant(
+                transfer_id, request_id=request_id, block_ids=[1, 2], now=self.now
+            )
         except LocalProtocolError:
             assert transfer_id in self.held
         else:
             assert transfer_id not in self.held
             self.held[transfer_id] = Held(request_id, self.now, self.now + 10.0)
+            assert (freed == request_id) == (transfer_id in self.unwanted)
+            self.unwanted.discard(transfer_id)
+            if freed is not None:
+                self.free(freed, LeaseEnd.RELEASED)
 
     @rule(transfer_id=ids, reader=st.sampled_from(READERS), count=st.integers(1, 3))
     def begin(self, transfer_id: str, reader: tuple[str, int], count: int) -> None:
@@ -342,6 +357,8 @@ class Leases(RuleBasedStateMachine):
 
     @rule(transfer_id=ids)
     def release(self, transfer_id: str) -> None:
+        if transfer_id not in self.held and not self.table.has_ended(transfer_id):
+            self.unwanted.add(transfer_id)
         request_id = self.table.release(transfer_id)
         if request_id is not None:
             self.free(request_id, LeaseEnd.RELEASED)

@@ -12,7 +12,7 @@ from aiohttp import web
 from tests.unit.protocol.test_messages import FINGERPRINT
 from tests.unit.router.conftest import StartInstance, StartRouter
 from tests.unit.router.fakes import Client, FakeInstance, answers, completes, drops, hangs
-from vllm_pd.config import ConnectorConfig
+from vllm_pd.config import ConnectorConfig, Role
 from vllm_pd.router.app import POOL
 from vllm_pd.session.instance import InstanceEndpoint
 
@@ -161,6 +161,61 @@ async def test_a_decode_leg_whose_prefill_failed_is_given_up(
     assert early["remote_num_tokens"] is None
     assert last is None
     await decode.cancelled.wait()
+
+
+async def test_the_early_leg_does_not_outlive_the_prefill_it_waits_for(
+    start_router: StartRouter,
+    start_instance: StartInstance,
+    producer: Producer,
+    prefill: FakeInstance,
+) -> None:
+    other = await start_instance(hangs)
+    decode = await start_instance(waits_if_early)
+    router = await known(await start_router([prefill, other], [decode]), prefill, decode)
+    producer.status = 500
+    asked = asyncio.create_task(post(router))
+    await other.started.wait()
+    await decode.cancelled.wait()  # while the second prefill runs
+    asked.cancel()
+    await other.cancelled.wait()
+
+
+async def test_a_slow_prefill_does_not_speak_against_the_decode_instance(
+    start_router: StartRouter,
+    start_instance: StartInstance,
+    producer: Producer,
+    prefill: FakeInstance,
+) -> None:
+    decode = await start_instance(waits_if_early)
+    router = await start_router([prefill], [decode], decode_idle_timeout_s=0.05, breaker_failures=1)
+    await known(router, prefill, decode)
+    producer.go_on.clear()
+    asked = asyncio.create_task(post(router))
+    await decode.ended.wait()
+    producer.go_on.set()
+    assert await asked == (200, "disaggregated")
+
+
+async def test_an_instance_that_restarted_elsewhere_is_found_again(
+    start_router: StartRouter,
+    producer: Producer,
+    prefill: FakeInstance,
+    decode: FakeInstance,
+    endpoint: InstanceEndpoint,
+) -> None:
+    router = await known(await start_router([prefill], [decode]), prefill, decode)
+    endpoint.close()
+    moved = InstanceEndpoint(ConnectorConfig(), engine_id="p1", tp_size=1)
+    moved.set_workers((), FINGERPRINT)
+    try:
+        producer.port, producer.engine_id = moved.port, "p1"
+        (instance,) = [one for one in router.app[POOL] if one.serves(Role.PREFILL)]
+        while instance.engine_id != "p1":  # bounded by the test's timeout
+            assert (await post(router))[0] == 200
+        assert instance.control == ("127.0.0.1", moved.port)
+        assert not instance.several_engines
+    finally:
+        moved.close()
 
 
 async def test_a_prefill_at_another_engine_than_expected_is_fetched_there(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -232,6 +233,45 @@ async def test_an_instance_whose_engine_fails_is_replaced_once(
         assert response.status == 500
         assert await response.json() == {"error": {"message": "1"}}
     assert [len(one.received) for one in bad] == [1, 1, 0]
+
+
+async def test_what_a_response_repeats_of_its_client_is_no_failure(
+    start_router: StartRouter, start_instance: StartInstance, prefill: FakeInstance
+) -> None:
+    repeated = {"output": [], "metadata": {"finish_reason": "abort"}}
+    decode = await start_instance(answers(200, repeated))
+    router = await start_router([prefill], [decode])
+    async with router.post("/v1/responses", json={"model": "m", "input": "hi"}) as response:
+        assert await response.json() == repeated
+
+
+async def test_a_body_that_does_not_come_is_not_waited_for(
+    start_router: StartRouter, prefill: FakeInstance, decode: FakeInstance
+) -> None:
+    router = await start_router([prefill], [decode], client_timeout_s=0.05)
+
+    async def slowly() -> AsyncIterator[bytes]:
+        yield b"{"
+        await asyncio.Event().wait()
+
+    async with router.post(COMPLETIONS, data=slowly()) as response:
+        assert response.status == 408
+    assert prefill.received == []
+
+
+@pytest.mark.parametrize(("header", "priority"), [("3", 0), ("-3", 5)])
+async def test_the_priority_of_the_header_stays_in_the_router(
+    start_router: StartRouter,
+    prefill: FakeInstance,
+    decode: FakeInstance,
+    header: str,
+    priority: int,
+) -> None:
+    router = await start_router([prefill], [decode])
+    body = {**BODY, "priority": priority}
+    async with router.post(COMPLETIONS, json=body, headers={"X-Priority": header}) as response:
+        assert response.status == 200
+    assert decode.received[0].json["priority"] == priority
 
 
 async def test_admin_is_there_only_with_a_key(

@@ -85,14 +85,6 @@ async def test_a_connection_is_kept_for_the_next_request(upstream: Upstream) -> 
     assert instance.heads == [expected.encode()] * 2
 
 
-async def test_probes_and_requests_share_connections(upstream: Upstream) -> None:
-    async with running(ScriptedInstance([[OK, OK]])) as instance:
-        assert await upstream.is_healthy(instance.url)
-        await post(upstream, instance)
-
-        assert instance.num_connections == 1
-
-
 async def test_requests_at_the_same_time_have_connections_of_their_own(upstream: Upstream) -> None:
     async with running(ScriptedInstance([[OK], [OK]])) as instance:
         await asyncio.gather(post(upstream, instance), post(upstream, instance))
@@ -168,19 +160,6 @@ async def test_a_prefill_has_one_deadline_for_all_of_it() -> None:
             await upstream.prefill(instance.url, {}, b"{}")
 
         await instance.lost.wait()
-
-
-async def test_an_instance_that_nobody_serves_is_not_healthy(upstream: Upstream) -> None:
-    async with running(ScriptedInstance([])) as instance:
-        pass
-
-    assert not await upstream.is_healthy(instance.url)
-
-
-async def test_an_instance_that_says_so_is_not_healthy(upstream: Upstream) -> None:
-    refusal = b"HTTP/1.1 503 Service Unavailable\r\nContent-Length: 0\r\n\r\n"
-    async with running(ScriptedInstance([[refusal]])) as instance:
-        assert not await upstream.is_healthy(instance.url)
 
 
 def test_an_instance_that_cannot_be_reached_has_not_been_silent() -> None:

@@ -311,10 +311,22 @@ async def test_an_instance_is_not_drained_while_a_request_is_open(
 async def test_an_instance_that_says_nothing_is_drained_when_idle(
     world: World, start: StartWatcher
 ) -> None:
+    world.engine_id = None
+    instance = await start()
+    instance.draining = True
+    await look(instance)
+
+    assert world.drained == [instance]
+
+
+async def test_one_question_that_gets_lost_ends_no_drain(world: World, start: StartWatcher) -> None:
     instance = await start()
     instance.draining, world.engine_id = True, None
     await look(instance)
+    assert world.drained == []
 
+    world.engine_id = instance.engine_id
+    await look(instance)
     assert world.drained == [instance]
 
 
