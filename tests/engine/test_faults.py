@@ -97,7 +97,8 @@ class TestFaultsInEveryTransfer:
             timeout_s=120,
         )
         wait_for(lambda: answers(f"{deployment.router}/ready"))
-        check_equal(reference.equality[:8], deployment.router, concurrency=4)
+        # Enough, so that not all of them share a session that a fault cuts.
+        check_equal(reference.equality[:32], deployment.router, concurrency=2)
         assert num_fetches(deployment, "ok") > 0
         assert deployment.status()["prefill-0"]["pid"] == prefill_pid
         check_accounts(deployment)

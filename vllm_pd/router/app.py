@@ -293,7 +293,9 @@ async def _errors_like_vllm(request: web.Request, handler: Handler) -> web.Strea
             headers={"Allow": allow} if allow else None,
         )
     except ConnectionResetError:
-        raise  # the client has left; there is nobody to tell
+        # The client has left, there is nobody to tell. Of anything but a cancellation
+        # aiohttp would log a traceback.
+        raise asyncio.CancelledError from None
     except Exception:
         logger.exception("%s %s failed", request.method, request.path)
         return error_response(500, "Internal Server Error")

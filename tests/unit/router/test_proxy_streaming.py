@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 
+import pytest
 from aiohttp import web
 
 from tests.unit.router.conftest import StartInstance, StartRouter
@@ -43,7 +44,10 @@ async def test_the_first_event_does_not_wait_for_the_next(
 
 
 async def test_a_client_that_takes_nothing_is_given_up(
-    start_router: StartRouter, start_instance: StartInstance, prefill: FakeInstance
+    start_router: StartRouter,
+    start_instance: StartInstance,
+    prefill: FakeInstance,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     async def endless(request: web.Request) -> web.StreamResponse:
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
@@ -56,6 +60,7 @@ async def test_a_client_that_takes_nothing_is_given_up(
     async with router.post(CHAT, json=BODY) as response:
         assert response.status == 200
         await decode.ended.wait()  # although nobody has read or left
+    assert [record for record in caplog.records if record.levelname == "ERROR"] == []
 
 
 async def test_a_stream_that_ends_without_saying_so_ends_with_an_error_event(
