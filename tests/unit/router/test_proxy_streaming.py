@@ -1,12 +1,15 @@
 from __future__ import annotations
 
 import json
+from typing import TYPE_CHECKING
 
-import pytest
 from aiohttp import web
 
 from tests.unit.router.conftest import StartInstance, StartRouter
 from tests.unit.router.fakes import FakeInstance, Streams, completes
+
+if TYPE_CHECKING:
+    import pytest
 
 DONE = b"data: [DONE]\n\n"
 CHAT = "/v1/chat/completions"
