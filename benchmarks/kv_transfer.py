@@ -27,13 +27,14 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 REPO = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPO))  # this is a program, not an installed package
 
 from rich.console import Console  # noqa: E402
 
+from benchmarks.options import Parser, positive  # noqa: E402
 from benchmarks.transfer import peers, report  # noqa: E402
 from benchmarks.transfer.pair import BenchError  # noqa: E402
 from benchmarks.transfer.plan import make_plan  # noqa: E402
@@ -67,11 +68,6 @@ class Options:
     effort: Effort | None
     json_file: Path | None
     extra_file: Path | None
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message}\n")
 
 
 def parse_options(argv: Sequence[str]) -> Options:
@@ -206,8 +202,8 @@ def _choose_cores() -> tuple[int, int]:
     return cores[0], cores[min(1, len(cores) - 1)]
 
 
-def _make_parser() -> _Parser:
-    parser = _Parser(
+def _make_parser() -> Parser:
+    parser = Parser(
         prog="kv_transfer.py",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -238,8 +234,8 @@ def _make_parser() -> _Parser:
     )
     add("--no-peers", action="store_true", help="leave out NIXL, which is installed on first use")
     add("--no-sessions", action="store_true", help="leave out handshakes, fetches, idle CPU")
-    add("--rounds", type=_positive, metavar="N", help="rounds per block length [30, quick 5]")
-    add("--mib", type=_positive, default=256, metavar="N", help="MiB per round and side [256]")
+    add("--rounds", type=positive, metavar="N", help="rounds per block length [30, quick 5]")
+    add("--mib", type=positive, default=256, metavar="N", help="MiB per round and side [256]")
     add("--seed", type=int, default=1, metavar="N", help="of the block order [1]")
     add("--cores", type=_cores, metavar="P,C", help="cores of producer and consumer [the first 2]")
     return parser
@@ -253,12 +249,6 @@ def _block_len(text: str) -> int:
     if value <= 0 or value % PAGE_LEN:
         raise argparse.ArgumentTypeError(f"{text}: must be a multiple of {PAGE_LEN} bytes")
     return value
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
-    return int(text)
 
 
 def _cores(text: str) -> tuple[int, int]:

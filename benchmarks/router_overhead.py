@@ -32,13 +32,14 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 REPO = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPO))  # this is a program, not an installed package
 
 from rich.console import Console  # noqa: E402
 
+from benchmarks.options import Parser, positive  # noqa: E402
 from benchmarks.router import load, paced, report, routers  # noqa: E402
 from benchmarks.transfer import peers  # noqa: E402
 from benchmarks.transfer import report as machine  # noqa: E402
@@ -68,11 +69,6 @@ class Options:
     seconds: float
     streams_s: float | None
     json_file: Path | None
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message}\n")
 
 
 def parse_options(argv: Sequence[str]) -> Options:
@@ -256,8 +252,8 @@ def _write(path: Path | None, rows: Sequence[report.Row]) -> int:
     return 0
 
 
-def _make_parser() -> _Parser:
-    parser = _Parser(
+def _make_parser() -> Parser:
+    parser = Parser(
         prog="router_overhead.py",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -273,15 +269,9 @@ def _make_parser() -> _Parser:
         help=f"measure only this; repeatable [{' '.join(routers.PROXIES)}]",
     )
     add("--no-peers", action="store_true", help="leave out what is installed on first use")
-    add("--rounds", type=_positive, metavar="N", help="rounds of every scenario [5, quick 2]")
+    add("--rounds", type=positive, metavar="N", help="rounds of every scenario [5, quick 2]")
     add("--streams", action="store_true", help=f"{NUM_STREAMS} streams at once, too")
     return parser
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
-    return int(text)
 
 
 if __name__ == "__main__":

@@ -49,6 +49,7 @@ sys.path.insert(0, str(REPO))  # this is a program, not an installed package
 
 from rich.console import Console  # noqa: E402
 
+from benchmarks.options import Parser, positive  # noqa: E402
 from benchmarks.service import client, nixl, report, servers  # noqa: E402
 from benchmarks.service.figures import HANDSHAKE_LIMIT_MS, Limit, kv_block_len  # noqa: E402
 from benchmarks.service.prompts import Prompts  # noqa: E402
@@ -85,11 +86,6 @@ class Options:
     with_nixl: bool
     json_file: Path | None
     folder: Path | None
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message}\n")
 
 
 def parse_options(argv: Sequence[str]) -> Options:
@@ -293,8 +289,8 @@ def _choose_cores() -> tuple[int, int]:
     return cores[0], cores[min(1, len(cores) - 1)]
 
 
-def _make_parser() -> _Parser:
-    parser = _Parser(
+def _make_parser() -> Parser:
+    parser = Parser(
         prog="service_overhead.py",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -322,7 +318,7 @@ def _make_parser() -> _Parser:
         "--gap", type=_seconds, default=FULL.gap_s, metavar="S", help="idle before a request [1.15]"
     )
     add("--cores", type=_cores, metavar="P,D", help="of prefill and decode [the first 2]")
-    add("--kv-gib", type=_positive, default=1, metavar="N", help="KV cache of an instance [1]")
+    add("--kv-gib", type=positive, default=1, metavar="N", help="KV cache of an instance [1]")
     add("--seed", type=int, default=1, metavar="N", help="of prompts and order [1]")
     add("--folder", type=Path, metavar="DIR", help="keep model and logs here [a temporary one]")
     return parser
@@ -342,7 +338,7 @@ def _connector(text: str) -> dict[str, Any]:
 
 
 def _prompt_len(text: str) -> int:
-    value = _positive(text)
+    value = positive(text)
     if value > MAX_PROMPT_LEN:
         raise argparse.ArgumentTypeError(f"{value} tokens are more than {MAX_PROMPT_LEN}")
     return value
@@ -356,12 +352,6 @@ def _seconds(text: str) -> float:
     if not 0 <= value <= MAX_GAP_S:
         raise argparse.ArgumentTypeError(f"{text!r} is not 0 to {MAX_GAP_S:g} seconds")
     return value
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
-    return int(text)
 
 
 def _cores(text: str) -> tuple[int, int]:

@@ -28,7 +28,8 @@ from vllm_pd.errors import ConfigError
 from vllm_pd.router.addresses import base_url, host_port, instance_id
 from vllm_pd.router.api_keys import AUTHORIZATION, unauthorized_response
 from vllm_pd.router.files import read_credential
-from vllm_pd.router.instances import Instance, InstancePool
+from vllm_pd.router.instance import Instance
+from vllm_pd.router.instances import InstancePool
 from vllm_pd.router.replies import error_response
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]

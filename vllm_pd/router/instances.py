@@ -16,8 +16,6 @@ from vllm_pd.router.loads import Work
 from vllm_pd.router.policy import InstanceView
 from vllm_pd.router.watcher import Control, Probe, Scrape, Sources, Watcher
 
-__all__ = ["Instance", "InstancePool", "Use", "describe"]
-
 logger = logging.getLogger(__name__)
 
 FIRST_PROBE_WAIT_S = 1.0

@@ -10,7 +10,8 @@ from aiohttp.test_utils import TestClient, TestServer
 
 from vllm_pd.config import Role, RoleLabel
 from vllm_pd.router.admin import Admin, AdminKey
-from vllm_pd.router.instances import Instance, InstancePool
+from vllm_pd.router.instance import Instance
+from vllm_pd.router.instances import InstancePool
 from vllm_pd.router.loads import Load
 
 AUTHORIZED = {"Authorization": "Bearer secret"}

@@ -11,8 +11,8 @@ import pytest
 from vllm_pd.config import InstanceSpec, Role, RoleLabel
 from vllm_pd.errors import ConfigError
 from vllm_pd.router.health import HealthLimits
-from vllm_pd.router.instance import State
-from vllm_pd.router.instances import Instance, InstancePool
+from vllm_pd.router.instance import Instance, State
+from vllm_pd.router.instances import InstancePool
 from vllm_pd.router.loads import Work
 from vllm_pd.router.policy import choose_decode
 
