@@ -43,14 +43,14 @@ def _check_positive(options: msgspec.Struct, *names: str) -> None:
             raise ValueError(f"{name} must be positive, not {value}")
 
 
-class Role(enum.Enum):
+class Role(enum.StrEnum):
     """What an instance is used for. A label of router and launcher: engines run both."""
 
     PREFILL = "prefill"
     DECODE = "decode"
 
 
-class RoleLabel(enum.Enum):
+class RoleLabel(enum.StrEnum):
     """What an instance may be used for; can be changed while it serves."""
 
     PREFILL = "prefill"
@@ -59,7 +59,8 @@ class RoleLabel(enum.Enum):
 
     def serves(self, role: Role) -> bool:
         """Return whether requests in a role may go to an instance with this label."""
-        return self is RoleLabel.BOTH or self.value == role.value
+        name: str = self  # to read an enum's ``value`` takes longer than all the rest
+        return self is RoleLabel.BOTH or name == role
 
 
 class Digests(enum.Enum):

@@ -200,6 +200,10 @@ class _Reader:
 
     def read(self, value: object) -> None:
         """Take a value in, to whatever depth: clients decide on that."""
+        if isinstance(value, str):
+            self._num_items += 1
+            self._read_text(value, counts=True)
+            return
         stack = [(iter([value]), True)]
         while stack and self._num_items < _MAX_ITEMS:
             items, counts = stack[-1]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any
 
 import msgspec
@@ -23,6 +24,8 @@ RESPONSES = "/v1/responses"
 """Path of the endpoint with limits and answers of its own."""
 
 _EXTRA = "vllm_xargs"
+
+_NAME_LEN = 64  # of the longest member name that is remembered with its JSON
 
 # Fields that the prefill leg does without: they shape the output, which is thrown
 # away, or contradict the ones that are overridden. Every one of them is still
@@ -139,8 +142,13 @@ def dump(body: Body) -> bytes:
     parts: list[Any] = []
     for name, value in body.items():
         text = value if isinstance(value, msgspec.Raw) else _dump(value)
-        parts += [b",", _dump(name), b":", text]
+        parts += [b",", _dump_name(name) if len(name) <= _NAME_LEN else _dump(name), b":", text]
     return b"".join([b"{", *parts[1:], b"}"])
+
+
+@lru_cache(maxsize=512)
+def _dump_name(name: str) -> bytes:
+    return _dump(name)
 
 
 def _dump(value: object) -> bytes:

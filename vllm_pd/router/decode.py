@@ -109,7 +109,7 @@ class DecodeLegs:
         with contextlib.ExitStack() as stack:
             use = stack.enter_context(self._pool.in_use(instance, work))
             try:
-                with _for_a_while(instance.ledger.open(Work(prefill_tokens=local_tokens))):
+                with _prefilling(instance, local_tokens):
                     answer = await self._upstream.decode(
                         call.request.method, instance.base_url + call.path, call.headers, leg
                     )
@@ -182,12 +182,19 @@ class DecodeLegs:
             raise ConnectionResetError("the client takes too long") from None
 
 
-@contextlib.contextmanager
-def _for_a_while(context: contextlib.AbstractContextManager[None]) -> Iterator[None]:
-    """Leave a context after the time that a prefill takes at most, even if its block goes on.
+def _prefilling(instance: Instance, num_tokens: int) -> contextlib.AbstractContextManager[None]:
+    """Count tokens as being prefilled, for the time that this takes at most.
 
     What is not streamed is answered at its end, long after its prompt was computed.
     """
+    if num_tokens == 0:
+        return contextlib.nullcontext()
+    return _for_a_while(instance.ledger.open(Work(prefill_tokens=num_tokens)))
+
+
+@contextlib.contextmanager
+def _for_a_while(context: contextlib.AbstractContextManager[None]) -> Iterator[None]:
+    """Leave a context after that time, even if its block goes on."""
     with contextlib.ExitStack() as stack:
         stack.enter_context(context)
         timer = asyncio.get_running_loop().call_later(_LOCAL_PREFILL_S, stack.close)

@@ -7,6 +7,7 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator
+from typing import Self
 
 from vllm_pd.config import InstanceSpec, Role, RoleLabel
 from vllm_pd.router.addresses import base_url, control_address, instance_id
@@ -25,18 +26,34 @@ _NO_WORK = Work()
 
 
 class Use:
-    """One request on one instance; says how it went there, at most once.
+    """One request on one instance, open there for the time of the context.
 
-    A request that says nothing, as its client left or the instance refused it, speaks
-    neither for nor against the instance.
+    It says how it went, at most once. A request that says nothing, as its client left
+    or the instance refused it, speaks neither for nor against the instance.
     """
 
-    def __init__(self, pool: InstancePool, instance: Instance, clock: Callable[[], float]) -> None:
+    def __init__(
+        self, pool: InstancePool, instance: Instance, work: Work, clock: Callable[[], float]
+    ) -> None:
         self._pool = pool
         self._instance = instance
+        self._work = work
         self._clock = clock
         self._breaker = instance.breaker  # the instance gets another one when it restarts
-        self._ticket = self._breaker.begin(clock())
+
+    def __enter__(self) -> Self:
+        self._ticket = self._breaker.begin(self._clock())
+        self._instance.in_flight += 1
+        self._instance.ledger.begin(self._work)
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        instance = self._instance
+        instance.ledger.end(self._work)
+        instance.in_flight -= 1
+        self._breaker.abandon(self._ticket)
+        if instance.draining:
+            instance.learn_now.set()
 
     def succeeded(self) -> None:
         """The instance does what it was asked for; of a stream, it has sent the beginning."""
@@ -46,10 +63,6 @@ class Use:
         """The instance is gone, broke off or was too slow: its next probe decides."""
         self._breaker.fail(self._ticket, self._clock())
         self._pool.mark_unhealthy(self._instance, cause)
-
-    def end(self) -> None:
-        """The request is over."""
-        self._breaker.abandon(self._ticket)
 
 
 class InstancePool:
@@ -174,7 +187,8 @@ class InstancePool:
 
     def has_healthy(self, role: Role) -> bool:
         """Return whether a request could be sent to a role now."""
-        return self.num_accepting(role) > 0
+        now = self._clock()
+        return any(one.accepts(now) for one in self._instances.values() if one.serves(role))
 
     def is_accepting(self, instance: Instance) -> bool:
         """Return whether new requests may go to an instance now."""
@@ -189,19 +203,9 @@ class InstancePool:
         """Return the instance that a view of this moment shows."""
         return self._instances[view.base_url]
 
-    @contextlib.contextmanager
-    def in_use(self, instance: Instance, work: Work = _NO_WORK) -> Iterator[Use]:
+    def in_use(self, instance: Instance, work: Work = _NO_WORK) -> Use:
         """Count a request as open on an instance for the time of the context."""
-        use = Use(self, instance, self._clock)
-        instance.in_flight += 1
-        try:
-            with instance.ledger.open(work):
-                yield use
-        finally:
-            instance.in_flight -= 1
-            use.end()
-            if instance.draining:
-                instance.learn_now.set()
+        return Use(self, instance, work, self._clock)
 
     def mark_unhealthy(self, instance: Instance, cause: BaseException) -> None:
         """Send nothing more to an instance until a probe of it succeeds.

@@ -7,6 +7,8 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import msgspec
+
 _RUNNING = "vllm:num_requests_running"
 _WAITING = "vllm:num_requests_waiting"
 _KV_USAGE = "vllm:kv_cache_usage_perc"
@@ -27,8 +29,7 @@ class Load:
     kv_usage: float
 
 
-@dataclass(frozen=True, slots=True)
-class Work:
+class Work(msgspec.Struct, frozen=True):  # some are made for each request
     """What requests ask of an instance.
 
     Attributes:
@@ -93,14 +94,22 @@ class Ledger:
         self.outstanding = Work()
         self.scrape: Scrape | None = None
 
+    def begin(self, work: Work) -> None:
+        """Count work as outstanding, until ``end``."""
+        self.outstanding += work
+
+    def end(self, work: Work) -> None:
+        """Count work as done."""
+        self.outstanding -= work
+
     @contextlib.contextmanager
     def open(self, work: Work) -> Iterator[None]:
         """Count work as outstanding for the time of the context."""
-        self.outstanding += work
+        self.begin(work)
         try:
             yield
         finally:
-            self.outstanding -= work
+            self.end(work)
 
     def note_scrape(self, load: Load | None, *, num_own_before: int) -> None:
         """Take the result of a scrape over.

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
+
+import msgspec
 
 from vllm_pd.config import Role, RouterConfig
 from vllm_pd.router.affinity import NO_MATCHES, Matches
@@ -34,8 +35,7 @@ they would all send to the one instance that looked idle."""
 _NOTHING = Work()
 
 
-@dataclass(frozen=True, slots=True)
-class InstanceView:
+class InstanceView(msgspec.Struct, frozen=True):  # some are made for each request
     """One instance as the policy sees it at one moment.
 
     Attributes:

@@ -26,8 +26,8 @@ import asyncio
 import contextlib
 import logging
 import random
+import secrets
 import time
-import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass
 
@@ -159,6 +159,8 @@ class Proxy:
             return await self._serve(call, job)
 
     async def _read(self, call: Call) -> bytes:
+        if call.request.content.is_eof():  # all of it came with the headers
+            return await call.read(self._config.max_body_len)
         try:
             async with asyncio.timeout(self._config.client_timeout_s):
                 return await call.read(self._config.max_body_len)
@@ -189,26 +191,36 @@ class Proxy:
             return await self._decode_only(call, job, decision.reason, pair.decode)
         early = _Early()
         try:
-            async with self._slot(Role.PREFILL, call, job.priority, job.prompt.num_tokens):
-                result = await self._prefill(call, job, early)
+            async with self._slot(
+                Role.PREFILL, call, job.priority, job.prompt.num_tokens
+            ) as has_waited:
+                result = await self._prefill(call, job, early, None if has_waited else pair)
             return await self._finish(call, job, result, early)
         finally:
             early.cancel()
 
     async def _prefill(
-        self, call: Call, job: Job, early: _Early
+        self, call: Call, job: Job, early: _Early, first: Pair | None
     ) -> Prefilled | NotPrefilled | Refused:
-        """Have the prompt prefilled, by another instance if one fails."""
+        """Have the prompt prefilled, by another instance if one fails.
+
+        Args:
+            call: the client's request.
+            job: its body.
+            early: the decode leg, should it be sent already.
+            first: the instances for the first attempt; None if the choice of before the
+                queue is too old.
+        """
         tried: set[str] = set()
         busy: Answer | None = None
-        # Anew, as instances may have come or gone while the request waited.
-        while (choice := self._choose_pair(job, tried=tried)) is not None:
+        while (choice := first or self._choose_pair(job, tried=tried)) is not None:
+            first = None
             instance = self._pool.at(choice.prefill)
             if tried:
                 self._metrics.prefill_retries.inc()
             tried.add(instance.base_url)
             # A new id for each attempt: the instance that failed may still hold blocks.
-            transfer_id = uuid.uuid4().hex
+            transfer_id = secrets.token_hex(16)
             if len(tried) == 1 and policy.may_decode_early(
                 choice, job.prompt.num_tokens, self._config
             ):
@@ -355,11 +367,12 @@ class Proxy:
     @contextlib.asynccontextmanager
     async def _slot(
         self, role: Role, call: Call, priority: int, num_tokens: int = 1
-    ) -> AsyncIterator[None]:
+    ) -> AsyncIterator[bool]:
+        """Wait for a slot and hold it for the time of the context; yield whether it took time."""
         stage, name = self._stages[role], call.client.name
         async with stage.slot(name, priority=priority, cost=num_tokens) as waited_s:
             self._metrics.queue_seconds.labels(role.value).observe(waited_s)
-            yield
+            yield waited_s > 0
 
     def _choose_pair(self, job: Job, *, tried: set[str]) -> Pair | None:
         return policy.choose_pair(

@@ -3,12 +3,12 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from vllm_pd.config import Role, RouterConfig, from_mapping
 from vllm_pd.errors import ConfigError
