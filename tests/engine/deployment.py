@@ -199,7 +199,7 @@ def running(log: Path, command: list[str], url: str, env: dict[str, str]) -> Ite
             env={**os.environ, **env},
             stdout=file,
             stderr=file,
-            start_new_session=True,
+            process_group=0,  # no session of its own: see launcher/child.py on what starves then
             cwd=log.parent,
         )
         try:

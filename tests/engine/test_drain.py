@@ -119,8 +119,8 @@ def test_blocks_are_kept_for_a_request_that_queues_and_the_drain_ends_when_it_ha
     model: Path, tmp_path: Path
 ) -> None:
     with (
-        instance(tmp_path, model, "prefill", lease_s=2.0, core=0) as prefill,
-        instance(tmp_path, model, "decode", "--max-num-seqs", "1", lease_s=2.0, core=1) as decode,
+        instance(tmp_path, model, "prefill", lease_s=4.0, core=0) as prefill,
+        instance(tmp_path, model, "decode", "--max-num-seqs", "1", lease_s=4.0, core=1) as decode,
         ThreadPoolExecutor(1) as pool,
     ):
         # Its choices run one after the other: more than any machine can end while this test lasts.
@@ -132,11 +132,12 @@ def test_blocks_are_kept_for_a_request_that_queues_and_the_drain_ends_when_it_ha
             prefill.terminate()
             case = completion(PROMPT, stream=False, max_tokens=4)
             queued = pool.submit(post, decode.url, case, params)
-            time.sleep(6.0)  # three leases
+            time.sleep(12.0)  # three leases
             assert not queued.done()
             assert prefill.is_running()
         queued.result()
         source = "vllm:prompt_tokens_by_source_total"
-        assert metric(decode.url, source, source="external_kv_transfer") == len(PROMPT)
+        num_loaded = metric(decode.url, source, source="external_kv_transfer")
+        assert num_loaded == len(PROMPT), decode.log.read_text()[-3000:]
         assert prefill.wait_exit(DRAIN_S / 2) == 0
         assert prefill.errors() == []
