@@ -202,8 +202,9 @@ class RouterConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         local_prefill_cost: how many times as dear a prompt token is on a decode instance
             as on a prefill instance; a prompt is prefilled where it is decoded if that
             is cheaper than the queue of the prefill instance. None: never for that reason.
-        early_decode_tokens: longest prompt whose decode leg is sent while its prefill still
-            runs, so that it loses no time when the KV cache is there; 0: none.
+        early_decode_tokens: most tokens that a prefill instance may have to compute, those
+            of the prompt included, for the decode leg to be sent while its prefill still
+            runs, so that it loses no time when the KV cache is there; 0: none is.
         health_interval_s: pause between two health probes of an instance.
         health_failures: failed probes in a row that take an instance out of use.
         health_successes: good probes in a row that bring it back.
@@ -241,7 +242,7 @@ class RouterConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     local_prefill_cost: float | None = None
     # What it saves is the same for any length; what it costs, blocks and polling at the
     # decode instance, grows with it.
-    early_decode_tokens: int = 512
+    early_decode_tokens: int = 4096
     health_interval_s: float = 1.0
     health_failures: int = 3
     health_successes: int = 2

@@ -151,7 +151,8 @@ def has_pair(prefill: Sequence[InstanceView], decode: Sequence[InstanceView]) ->
 def may_decode_early(pair: Pair, num_tokens: int, config: RouterConfig) -> bool:
     """Return whether the decode leg may be sent while its prefill still runs.
 
-    It takes blocks at the decode instance for that time, so they must not be scarce.
+    It takes blocks at the decode instance for that time, so they must not be scarce, and
+    the time must not be long.
 
     Args:
         pair: the instances.
@@ -160,7 +161,7 @@ def may_decode_early(pair: Pair, num_tokens: int, config: RouterConfig) -> bool:
     """
     scrape = pair.decode.scrape
     has_room = scrape is None or scrape.load.kv_usage < _SPARE_KV_USAGE
-    return has_room and num_tokens <= config.early_decode_tokens
+    return has_room and _backlog(pair.prefill) + num_tokens <= config.early_decode_tokens
 
 
 def choose_pair(

@@ -21,6 +21,7 @@ from vllm_pd.router.policy import (
     are_compatible,
     choose_decode,
     choose_pair,
+    may_decode_early,
     may_prefill_locally,
     should_disaggregate,
     weigh,
@@ -228,6 +229,21 @@ def test_a_long_prompt_that_the_decode_instance_has_cached_is_short() -> None:
     found = Pair(view("p"), view("d"))
 
     assert weigh(found, 5000, Matches({"d": 4950}, {}), SHORT).reason == "short_prompt"
+
+
+@pytest.mark.parametrize(("backlog", "is_early"), [(0, True), (596, True), (597, False)])
+def test_a_decode_leg_is_early_while_its_prefill_instance_has_little_to_compute(
+    backlog: int, is_early: bool
+) -> None:
+    found = Pair(view("p", prefill_tokens=backlog), view("d"))
+
+    assert may_decode_early(found, 3500, RouterConfig(early_decode_tokens=4096)) is is_early
+
+
+def test_no_decode_leg_is_early_where_blocks_are_scarce() -> None:
+    scarce = Scrape(Load(0, 0, 0.5), num_own=0)
+
+    assert not may_decode_early(Pair(view("p"), view("d", scrape=scarce)), 1, DEFAULT)
 
 
 def test_a_session_alone_does_not_make_a_prompt_short() -> None:
