@@ -192,7 +192,7 @@ class RouterConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         prefill_timeout_s: longest wait for the prefill leg.
         decode_idle_timeout_s: longest silence of the decode leg.
         client_timeout_s: longest time for a client to send a body, and to take each part
-            of a stream.
+            of a stream; a connection without a request is closed after once to twice that.
         max_body_len: largest request body, in bytes.
         min_prefill_tokens: prompts with fewer tokens that the decode instance has not
             cached are prefilled there, if it has room; 0: none are. Lengths are estimates.

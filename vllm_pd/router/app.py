@@ -29,6 +29,7 @@ from vllm_pd.router.health import HealthLimits
 from vllm_pd.router.instances import InstancePool
 from vllm_pd.router.instances_file import InstancesFile
 from vllm_pd.router.metrics import Metrics
+from vllm_pd.router.newcomers import Newcomers
 from vllm_pd.router.probes import Probes
 from vllm_pd.router.proxy import Backend, Proxy
 from vllm_pd.router.replies import error_response
@@ -41,6 +42,7 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 ACCESS = web.AppKey("access", Access)
 CONFIG = web.AppKey("config", RouterConfig)
 METRICS = web.AppKey("metrics", Metrics)
+NEWCOMERS = web.AppKey("newcomers", Newcomers)
 POOL = web.AppKey("pool", InstancePool)
 PROXY = web.AppKey("proxy", Proxy)
 RNG = web.AppKey("rng", random.Random)
@@ -76,6 +78,7 @@ def create_app(config: RouterConfig, *, rng: random.Random | None = None) -> web
     app[RNG] = rng or random.Random()
     app[METRICS] = Metrics()
     app[ACCESS] = Access.from_config(config)
+    app[NEWCOMERS] = Newcomers()
     app.cleanup_ctx.append(_resources)
     app.add_routes(
         [
@@ -121,13 +124,18 @@ async def serve(config: RouterConfig, stop: asyncio.Event) -> None:
     Raises:
         ConfigError: the address cannot be used.
     """
+    app = create_app(config)
     runner = web.AppRunner(
-        create_app(config),
+        app,
         handler_cancellation=True,
         access_log=None,
         shutdown_timeout=SHUTDOWN_TIMEOUT_S,
     )
     await runner.setup()
+    assert runner.server is not None
+    watching = asyncio.create_task(
+        app[NEWCOMERS].watch(runner.server, timeout_s=config.client_timeout_s)
+    )
     try:
         site = web.TCPSite(runner, config.host, config.port, backlog=_BACKLOG)
         try:
@@ -137,6 +145,7 @@ async def serve(config: RouterConfig, stop: asyncio.Event) -> None:
         logger.info("router listens on %s", site.name)
         await stop.wait()
     finally:
+        watching.cancel()
         await runner.cleanup()
 
 
@@ -280,6 +289,7 @@ def _limits(config: RouterConfig) -> HealthLimits:
 
 @web.middleware
 async def _errors_like_vllm(request: web.Request, handler: Handler) -> web.StreamResponse:
+    request.app[NEWCOMERS].note(request)
     try:
         return await handler(request)
     except web.HTTPException as exc:
