@@ -240,7 +240,7 @@ class RouterConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     min_prefill_tokens: int = 0
     max_local_prefill_tokens: int = 8192
     local_prefill_cost: float | None = None
-    # What it saves is the same for any length; what it costs, blocks and polling at the
+    # What it saves is the same for any wait; what it costs, blocks and polling at the
     # decode instance, grows with it.
     early_decode_tokens: int = 4096
     health_interval_s: float = 1.0
