@@ -294,6 +294,9 @@ def router(
     options: Annotated[
         str, typer.Option(metavar="JSON", help="Further keys of the router's configuration.")
     ] = "{}",
+    otlp_traces_endpoint: Annotated[
+        str | None, typer.Option(help="URL of a collector for traces of the requests.")
+    ] = None,
 ) -> int:
     """Run the router in the foreground, before instances that already run.
 
@@ -317,6 +320,8 @@ def router(
         "prefill_urls": prefill or [],
         "decode_urls": decode or [],
     }
+    if otlp_traces_endpoint is not None:
+        values["otlp_traces_endpoint"] = otlp_traces_endpoint
     return run(from_mapping(RouterConfig, values, source="router"))
 
 

@@ -220,6 +220,9 @@ class RouterConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         api_keys_file: names and keys of the clients; None: everybody is served.
         upstream_key_file: the key that the instances expect; None: see
             ``router.api_keys``.
+        access_log: file that gets a line of JSON for each request; ``-`` is standard
+            output. None: no access log.
+        otlp_traces_endpoint: collector that gets traces of the requests; None: no traces.
     """
 
     host: str = "127.0.0.1"
@@ -255,6 +258,8 @@ class RouterConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     queue_timeout_s: float = 60.0
     api_keys_file: str | None = None
     upstream_key_file: str | None = None
+    access_log: str | None = None
+    otlp_traces_endpoint: str | None = None
 
     def __post_init__(self) -> None:
         for url in (*self.prefill_urls, *self.decode_urls):
@@ -286,6 +291,9 @@ class RouterConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             _check_positive(self, "local_prefill_cost")
         if not 1 <= self.port <= 65535:
             raise ValueError(f"{self.port} is not a port")
+        for name in ("access_log", "otlp_traces_endpoint"):
+            if getattr(self, name) == "":
+                raise ValueError(f"{name} is empty: leave it out to have none")
 
 
 class InstanceGroup(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

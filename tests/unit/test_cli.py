@@ -123,6 +123,31 @@ def test_router_options_are_checked(error: ErrorReader) -> None:
     assert "unknown field `speed`" in error.line()
 
 
+def test_an_access_log_that_cannot_be_written_stops_the_router(
+    tmp_path: Path, error: ErrorReader
+) -> None:
+    urls = ["--prefill", "http://127.0.0.1:1", "--decode", "http://127.0.0.1:2"]
+    options = json.dumps({"access_log": str(tmp_path / "nowhere" / "access.log")})
+    assert run_cli(["router", *urls, "--options", options]) == 1
+    assert error.line().startswith("cannot write the access log")
+
+
+@pytest.mark.parametrize("name", ["access_log", "otlp_traces_endpoint"])
+def test_an_empty_name_of_a_log_or_a_collector_is_refused(name: str, error: ErrorReader) -> None:
+    urls = ["--prefill", "http://127.0.0.1:1", "--decode", "http://127.0.0.1:2"]
+    assert run_cli(["router", *urls, "--options", json.dumps({name: ""})]) == 1
+    assert f"{name} is empty" in error.line()
+
+
+def test_a_protocol_of_traces_that_is_unknown_stops_the_router(
+    error: ErrorReader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "pigeon")
+    urls = ["--prefill", "http://127.0.0.1:1", "--decode", "http://127.0.0.1:2"]
+    assert run_cli(["router", *urls, "--otlp-traces-endpoint", "http://127.0.0.1:4318"]) == 1
+    assert "'pigeon' is not supported" in error.line()
+
+
 def test_keygen_makes_a_private_file_once(tmp_path: Path, error: ErrorReader) -> None:
     path = tmp_path / "key"
     assert run_cli(["keygen", str(path)]) == 0

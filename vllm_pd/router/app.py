@@ -30,9 +30,12 @@ from vllm_pd.router.instances import InstancePool
 from vllm_pd.router.instances_file import InstancesFile
 from vllm_pd.router.metrics import Metrics
 from vllm_pd.router.newcomers import Newcomers
+from vllm_pd.router.observe import observe, open_access_log
 from vllm_pd.router.probes import Probes
 from vllm_pd.router.proxy import Backend, Proxy
+from vllm_pd.router.record import Record
 from vllm_pd.router.replies import error_response
+from vllm_pd.router.spans import open_tracer
 from vllm_pd.router.upstream import Upstream
 
 logger = logging.getLogger(__name__)
@@ -70,10 +73,11 @@ def create_app(config: RouterConfig, *, rng: random.Random | None = None) -> web
         ConfigError: a key file cannot be used.
     """
     app = web.Application(
-        middlewares=[_errors_like_vllm],
         # aiohttp has changed its mind about whether the limit itself is too much.
         client_max_size=config.max_body_len + 1,
     )
+    observe(app)
+    app.middlewares.append(_errors_like_vllm)
     app[CONFIG] = config
     app[RNG] = rng or random.Random()
     app[METRICS] = Metrics()
@@ -214,6 +218,9 @@ def _listen_error(config: RouterConfig, exc: OSError) -> ConfigError:
 async def _resources(app: web.Application) -> AsyncIterator[None]:
     config = app[CONFIG]
     async with contextlib.AsyncExitStack() as stack:
+        await open_access_log(app, config, app[METRICS], stack)
+        tracer = open_tracer(config.otlp_traces_endpoint)
+        stack.push_async_callback(tracer.close)
         probes = await stack.enter_async_context(Probes(connect_timeout_s=config.connect_timeout_s))
         upstream = await stack.enter_async_context(Upstream(config))
         control = ControlLink(config.cluster_key_file)
@@ -242,7 +249,7 @@ async def _resources(app: web.Application) -> AsyncIterator[None]:
         }
         backend = Backend(pool, upstream, control, index, stages, app[ACCESS], app[RNG])
         app[POOL] = pool
-        app[PROXY] = Proxy(backend, app[METRICS], config)
+        app[PROXY] = Proxy(backend, app[METRICS], config, tracer)
         file = None
         if config.instances_file is not None:
             file = InstancesFile(Path(config.instances_file), pool)
@@ -295,6 +302,7 @@ async def _errors_like_vllm(request: web.Request, handler: Handler) -> web.Strea
     except web.HTTPException as exc:
         if exc.status < 400:
             raise
+        Record.of(request).error = exc.reason
         allow = exc.headers.get("Allow")
         # vLLM leaves these to FastAPI, which words them so.
         return web.json_response(
@@ -307,7 +315,9 @@ async def _errors_like_vllm(request: web.Request, handler: Handler) -> web.Strea
         # aiohttp would log a traceback.
         raise asyncio.CancelledError from None
     except Exception:
-        logger.exception("%s %s failed", request.method, request.path)
+        record = Record.of(request)
+        record.error = "the router failed; its log has a traceback"
+        logger.exception("%s %s failed (%s)", request.method, request.path, record.request_id)
         return error_response(500, "Internal Server Error")
 
 

@@ -13,9 +13,10 @@ from vllm_pd.router import body as bodies
 from vllm_pd.router import headers as http_headers
 from vllm_pd.router.affinity import Matches, Prompt
 from vllm_pd.router.api_keys import Client
-from vllm_pd.router.headers import PD_PATH, REQUEST_ID
+from vllm_pd.router.headers import PD_PATH
 from vllm_pd.router.instance import describe
 from vllm_pd.router.metrics import Outcome
+from vllm_pd.router.record import Record
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +29,7 @@ class Call:
         headers: headers of every leg.
         outcome: how it goes, for the metrics.
         client: whose request it is.
+        record: what others will know of it.
     """
 
     request: web.Request
@@ -35,13 +37,15 @@ class Call:
     headers: CIMultiDict[str]
     outcome: Outcome
     client: Client
+    record: Record
 
     @classmethod
     def begin(cls, request: web.Request, outcome: Outcome, client: Client) -> Self:
-        """Name a request and make the headers of its legs."""
-        request_id = http_headers.choose_request_id(request.headers)
-        leg_headers = http_headers.to_instance(request.headers, request_id)
-        return cls(request, request_id, leg_headers, outcome, client)
+        """Make the headers of a request's legs, and take note of whose it is."""
+        record = Record.of(request)
+        record.api_key = client.name or None
+        leg_headers = http_headers.to_instance(request.headers, record.request_id)
+        return cls(request, record.request_id, leg_headers, outcome, client, record)
 
     @property
     def path(self) -> str:
@@ -49,8 +53,8 @@ class Call:
         return self.request.path
 
     def answer_headers(self) -> CIMultiDict[str]:
-        """Return the headers that the router adds to every answer."""
-        added = CIMultiDict({REQUEST_ID: self.request_id})
+        """Return the headers that the router adds to an answer, besides the request id."""
+        added: CIMultiDict[str] = CIMultiDict()
         if self.outcome.path != "none":
             added[PD_PATH] = self.outcome.path
         return added
@@ -71,6 +75,7 @@ class Call:
             raise RemoteProtocolError(f"the request body is damaged: {describe(exc)}") from exc
         if len(raw) > max_body_len:
             raise web.HTTPRequestEntityTooLarge(max_body_len, len(raw))
+        self.record.request_len = len(raw)
         return raw
 
 

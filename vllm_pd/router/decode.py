@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Self
 
 from aiohttp import web
 
+from vllm_pd.config import Role
 from vllm_pd.router import headers as http_headers
 from vllm_pd.router.body import RESPONSES
 from vllm_pd.router.call import Call
@@ -18,6 +19,7 @@ from vllm_pd.router.instance import Instance, describe
 from vllm_pd.router.instances import InstancePool, Use
 from vllm_pd.router.loads import Work
 from vllm_pd.router.replies import error_event, error_response
+from vllm_pd.router.spans import Span
 from vllm_pd.router.sse import SseReader, is_aborted
 from vllm_pd.router.upstream import UPSTREAM_ERRORS, Answer, Upstream, is_idle_timeout
 from vllm_pd.router.usage import PromptDetails, repaired
@@ -51,11 +53,13 @@ class Opened:
     instance: Instance
     answer: Answer
     _use: Use
+    _span: Span
     _stack: contextlib.ExitStack
 
     def failed(self, exc: BaseException) -> None:
         """The rest of the answer does not come."""
         self._use.failed(exc)
+        self._span.fail(exc)
 
     def close(self) -> None:
         """Give it up; idempotent. If it is not complete, vLLM aborts the request."""
@@ -65,7 +69,9 @@ class Opened:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *exc_info: object) -> None:
+    def __exit__(self, _kind: object, exc: BaseException | None, _traceback: object) -> None:
+        if exc is not None:
+            self._span.fail(exc)
         self.close()
 
 
@@ -107,11 +113,17 @@ class DecodeLegs:
             OSError: one of ``UPSTREAM_ERRORS``; the instance has been told off for it.
         """
         with contextlib.ExitStack() as stack:
+            span = stack.enter_context(
+                call.record.leg(Role.DECODE, instance.base_url, call.request)
+            )
             use = stack.enter_context(self._pool.in_use(instance, work))
             try:
                 with _prefilling(instance, local_tokens):
                     answer = await self._upstream.decode(
-                        call.request.method, instance.base_url + call.path, call.headers, leg
+                        call.request.method,
+                        instance.base_url + call.path,
+                        span.headers(call.headers),
+                        leg,
                     )
                 if _can_abort(call) and is_aborted(answer.first):
                     answer.close()
@@ -121,12 +133,14 @@ class DecodeLegs:
                 if not (is_early and is_idle_timeout(exc)):
                     use.failed(exc)
                 raise
+            span.answered(answer.status)
             if answer.status == 200:
                 use.succeeded()
-            return Opened(instance, answer, use, stack.pop_all())
+            return Opened(instance, answer, use, span, stack.pop_all())
 
     async def relay(self, call: Call, opened: Opened, details: PromptDetails) -> web.StreamResponse:
         """Pass an answer on to the client, its usage repaired by ``details``."""
+        call.record.note_first_bytes()
         answer = opened.answer
         if not answer.streamed:
             return plain_answer(call, answer, repaired(answer.first, details))
@@ -140,6 +154,7 @@ class DecodeLegs:
             _warn(call, opened.instance, failure)
             opened.failed(failure)
             call.outcome.code, message = failure_of(failure)
+            call.record.error = f"the stream broke: {describe(failure)}"
             event = error_event(call.outcome.code, f"{message} {_INCOMPLETE}")
             await self._write(call, response, event)
         await response.write_eof()
@@ -175,6 +190,7 @@ class DecodeLegs:
         try:
             async with asyncio.timeout(self._client_timeout_s):
                 await response.write(data)
+            call.record.passed(data)
         except TimeoutError:
             logger.info("%s: its client takes nothing and is given up", call.request_id)
             if call.request.transport is not None:
@@ -207,6 +223,9 @@ def _for_a_while(context: contextlib.AbstractContextManager[None]) -> Iterator[N
 def plain_answer(call: Call, answer: Answer, body: bytes) -> web.Response:
     """Return an instance's whole answer, with another body, for the client."""
     call.outcome.code = answer.status
+    call.record.passed(body)
+    if answer.status >= 400:
+        call.record.error = "refused by an instance"
     return web.Response(status=answer.status, headers=_headers(call, answer), body=body)
 
 
@@ -215,6 +234,7 @@ def error_answer(
 ) -> web.Response:
     """Return an error of the router's own for the client."""
     call.outcome.code = status
+    call.record.error = message
     added = call.answer_headers()
     added.update(headers or {})
     return error_response(status, message, headers=added)

@@ -17,7 +17,7 @@ _REQUEST_BUCKETS = (
     *(0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5),
     *(5.0, 10.0, 20.0, 40.0, 80.0, 160.0, 640.0),
 )  # seconds
-_CLIENT_CLOSED = 499
+CLIENT_CLOSED = 499
 """nginx's status for a client that left before its answer was complete."""
 
 
@@ -95,6 +95,11 @@ class Metrics:
             registry=self._registry,
             buckets=_REQUEST_BUCKETS,
         )
+        self.access_log_lost = Counter(
+            "vllm_pd:router_access_log_lost",
+            "Lines of the access log that could not be written.",
+            registry=self._registry,
+        )
         self._instance_up = Gauge(
             "vllm_pd:router_instance_up",
             "Whether the router sends requests to an instance.",
@@ -116,7 +121,7 @@ class Metrics:
         try:
             yield outcome
         except (asyncio.CancelledError, ConnectionResetError):
-            outcome.code = _CLIENT_CLOSED
+            outcome.code = CLIENT_CLOSED
             raise
         finally:
             self._in_flight.dec()

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
+from vllm_pd.config import Role
 from vllm_pd.errors import ConfigError
 from vllm_pd.protocol.params import pending_prefill_params
 from vllm_pd.router import body as bodies
@@ -89,16 +90,19 @@ class PrefillLegs:
         leg = bodies.dump(bodies.prefill_body(job.members, transfer_id, path=call.path))
         cached = job.matches.cached.get(instance.base_url, 0)
         work = Work(prefill_tokens=max(job.prompt.num_tokens - cached, 0), num_sequences=1)
-        with self._pool.in_use(instance, work) as use:
+        span = call.record.leg(Role.PREFILL, instance.base_url, call.request)
+        with span, self._pool.in_use(instance, work) as use:
             try:
                 answer = await self._upstream.prefill(
-                    instance.base_url + call.path, call.headers, leg
+                    instance.base_url + call.path, span.headers(call.headers), leg
                 )
             except UPSTREAM_ERRORS as exc:
                 _warn(call, instance, describe(exc))
                 use.failed(exc)
+                span.fail(exc)
                 return Failed()
             answer.close()  # it is complete
+            span.answered(answer.status)
             if answer.status == 200:
                 use.succeeded()
         return self._judge(call, instance, answer)
@@ -118,6 +122,7 @@ class PrefillLegs:
             _warn(call, instance, "it answered without kv_transfer_params")
             return NotPrefilled("no_kv_transfer_params")
         _learn(instance, kv_params)
+        call.record.note_prompt(answer.first)
         return Prefilled(instance, kv_params, prompt_details_of(answer.first))
 
 

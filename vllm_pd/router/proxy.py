@@ -58,6 +58,8 @@ from vllm_pd.router.prefill import (
     early_params,
     is_as_expected,
 )
+from vllm_pd.router.record import Record
+from vllm_pd.router.spans import Tracer
 from vllm_pd.router.upstream import UPSTREAM_ERRORS, Answer, Upstream, is_idle_timeout
 from vllm_pd.router.usage import PromptDetails
 
@@ -92,7 +94,9 @@ class Backend:
 class Proxy:
     """Serves the OpenAI endpoints from the instances of a pool."""
 
-    def __init__(self, backend: Backend, metrics: Metrics, config: RouterConfig) -> None:
+    def __init__(
+        self, backend: Backend, metrics: Metrics, config: RouterConfig, tracer: Tracer
+    ) -> None:
         self._pool = backend.pool
         self._control = backend.control
         self._index = backend.index
@@ -103,6 +107,7 @@ class Proxy:
             backend.pool, backend.upstream, client_timeout_s=config.client_timeout_s
         )
         self._metrics = metrics
+        self._tracer = tracer
         self._config = config
         self._rng = backend.rng
 
@@ -117,10 +122,15 @@ class Proxy:
     async def _answer(
         self, request: web.Request, serve: Callable[[Call], Awaitable[web.StreamResponse]]
     ) -> web.StreamResponse:
-        with self._metrics.request(request.path) as outcome:
+        record = Record.of(request)
+        with (
+            record.traced(self._tracer, request),
+            self._metrics.request(request.path) as outcome,
+        ):
+            record.outcome = outcome
             client = self._access.client_of(request.headers)
             if client is None:
-                outcome.code = 401
+                outcome.code, record.error = 401, "no API key, or an unknown one"
                 return unauthorized_response()
             call = Call.begin(request, outcome, client)
             self._access.authorize(call.headers)
@@ -175,6 +185,7 @@ class Proxy:
         members = bodies.verbatim(raw, body)
         if type(asked) is int and (allowed := call.client.priority(asked)) != asked:
             members = {**members, "priority": allowed}  # the engines have queues, too
+        call.record.note_model(body.get("model"))
         prompt = read_prompt(body, session=session_of(headers, body))
         matches = self._index.matches(prompt)
         return Job(body, members, prompt, matches, priority)
@@ -233,7 +244,8 @@ class Proxy:
                 self._release(instance, transfer_id)
                 raise
             if isinstance(result, Prefilled):
-                self._metrics.prefill_seconds.observe(time.monotonic() - began)
+                call.record.prefill_s = time.monotonic() - began
+                self._metrics.prefill_seconds.observe(call.record.prefill_s)
             if not isinstance(result, Failed):
                 return result
             early.cancel()  # it waits for this attempt
@@ -370,9 +382,12 @@ class Proxy:
     ) -> AsyncIterator[bool]:
         """Wait for a slot and hold it for the time of the context; yield whether it took time."""
         stage, name = self._stages[role], call.client.name
-        async with stage.slot(name, priority=priority, cost=num_tokens) as waited_s:
-            self._metrics.queue_seconds.labels(role.value).observe(waited_s)
-            yield waited_s > 0
+        with call.record.queue(role) as waiting:
+            async with stage.slot(name, priority=priority, cost=num_tokens) as waited_s:
+                waiting.end()
+                call.record.waited(waited_s)
+                self._metrics.queue_seconds.labels(role.value).observe(waited_s)
+                yield waited_s > 0
 
     def _choose_pair(self, job: Job, *, tried: set[str]) -> Pair | None:
         return policy.choose_pair(

@@ -1,0 +1,60 @@
+"""Around every request: its id, its record, its line in the access log."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from contextlib import AsyncExitStack
+
+from aiohttp import web
+
+from vllm_pd.config import RouterConfig
+from vllm_pd.router.access_log import AccessLog, access_line
+from vllm_pd.router.headers import REQUEST_ID, choose_request_id
+from vllm_pd.router.metrics import Metrics
+from vllm_pd.router.record import Record
+
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+_ACCESS_LOG = web.AppKey("access_log", AccessLog)
+
+
+def observe(app: web.Application) -> None:
+    """Name every request of an app and its answer, and have it recorded.
+
+    To be called before any other middleware is added: it has to see all answers.
+    """
+    app.middlewares.append(_recorded)
+    app.on_response_prepare.append(_name)
+
+
+async def open_access_log(
+    app: web.Application, config: RouterConfig, metrics: Metrics, stack: AsyncExitStack
+) -> None:
+    """Begin to write the access log, if there is to be one, until the stack is closed.
+
+    Raises:
+        ConfigError: it cannot be written.
+    """
+    if config.access_log is not None:
+        log = AccessLog(config.access_log, lost=metrics.access_log_lost.inc)
+        app[_ACCESS_LOG] = await stack.enter_async_context(log)
+
+
+@web.middleware
+async def _recorded(request: web.Request, handler: Handler) -> web.StreamResponse:
+    record = Record(choose_request_id(request.headers))
+    record.attach(request)
+    log = request.app.get(_ACCESS_LOG)
+    if log is None:
+        return await handler(request)
+    record.wanted = True
+    response: web.StreamResponse | None = None
+    try:
+        response = await handler(request)
+        return response
+    finally:
+        log.add(access_line(request, record, response))
+
+
+async def _name(request: web.Request, response: web.StreamResponse) -> None:
+    response.headers[REQUEST_ID] = Record.of(request).request_id

@@ -1,0 +1,216 @@
+"""What is known of one request: for the access log, and as the spans of its trace."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import re
+import time
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from aiohttp import web
+from yarl import URL
+
+from vllm_pd.config import Role
+from vllm_pd.router.metrics import Outcome
+from vllm_pd.router.spans import NO_SPAN, Attributes, Span, Tracer
+
+_USAGE = re.compile(rb'"usage"\s*:\s*\{')
+_COUNT = re.compile(
+    rb'"(prompt_tokens|input_tokens|completion_tokens|output_tokens|cached_tokens)"\s*:\s*(\d+)'
+)
+_TAIL_LEN = 64 * 1024
+"""Of a long answer, as much of its end is searched for its usage."""
+
+_NUM_TAIL = 8
+"""Of a stream, as many of its last parts are; its usage is in the last event but one."""
+
+_MAX_MODEL_LEN = 256
+
+_OPERATIONS = {
+    "/v1/chat/completions": "chat",
+    "/v1/completions": "text_completion",
+    "/v1/responses": "chat",
+    "/v1/embeddings": "embeddings",
+}
+"""OpenTelemetry's names of what the endpoints do."""
+
+
+@dataclass(slots=True)
+class Record:
+    """One request, filled in while it is served. Durations are in seconds.
+
+    Attributes:
+        request_id: names it everywhere.
+        arrived: when it came, by the wall clock.
+        began: the same on the monotonic clock.
+        wanted: whether somebody wants to know what costs time to find out.
+        span: its span.
+        outcome: how it went, if it was for an instance.
+        api_key: name of the client's API key.
+        model: as the client named it.
+        num_legs: attempts on instances, by role.
+        instances: the last one of each role.
+        queue_s: waits for slots, all together.
+        prefill_s: the prefill leg that succeeded.
+        first_bytes_s: from the arrival to an instance's first bytes.
+        request_len: bytes of the body.
+        response_len: bytes of the answer's body that were given to the client's connection.
+        tail: the last parts of the answer, if it is wanted.
+        prompt_tokens: as vLLM counted them; None: it did not say.
+        cached_tokens: likewise, of these.
+        completion_tokens: likewise.
+        error: what went wrong, in words of the router; None: nothing.
+    """
+
+    request_id: str
+    arrived: datetime.datetime = field(default_factory=lambda: datetime.datetime.now(datetime.UTC))
+    began: float = field(default_factory=time.monotonic)
+    wanted: bool = False
+    span: Span = NO_SPAN
+    outcome: Outcome | None = None
+    api_key: str | None = None
+    model: str | None = None
+    num_legs: dict[Role, int] = field(default_factory=dict)
+    instances: dict[Role, str] = field(default_factory=dict)
+    queue_s: float | None = None
+    prefill_s: float | None = None
+    first_bytes_s: float | None = None
+    request_len: int = 0
+    response_len: int = 0
+    prompt_tokens: int | None = None
+    cached_tokens: int | None = None
+    completion_tokens: int | None = None
+    error: str | None = None
+    tail: deque[bytes] = field(default_factory=lambda: deque(maxlen=_NUM_TAIL))
+
+    @classmethod
+    def of(cls, request: web.Request) -> Record:
+        """Return the record of a request."""
+        record: Record = request[_KEY]
+        return record
+
+    def attach(self, request: web.Request) -> None:
+        """Make it the record of a request."""
+        request[_KEY] = self
+
+    @property
+    def num_retries(self) -> int:
+        """Legs that were sent again."""
+        return sum(num - 1 for num in self.num_legs.values())
+
+    @contextlib.contextmanager
+    def traced(self, tracer: Tracer, request: web.Request) -> Iterator[None]:
+        """Have a span for the time of the context, and parts of it within."""
+        attributes: dict[str, str | int | float | bool] = {
+            "http.request.method": request.method,
+            "http.route": request.path,
+            "url.path": request.path,
+            "url.scheme": request.scheme,
+            "client.address": request.remote or "",
+            "gen_ai.request.id": self.request_id,
+        }
+        if operation := _OPERATIONS.get(request.path):
+            attributes["gen_ai.operation.name"] = operation
+        name = f"{request.method} {request.path}"
+        self.span = tracer.begin(name, request.headers, attributes)
+        self.wanted = self.wanted or self.span is not NO_SPAN
+        try:
+            yield
+        finally:
+            if self.wanted:
+                self._note_usage(b"".join(self.tail), is_prefill=False)
+            if self.span is not NO_SPAN:
+                self._end_span()
+
+    def queue(self, role: Role) -> Span:
+        """Begin the wait for a slot of a stage."""
+        return self.span.child(f"queue {role.value}", {"vllm_pd.stage": role.value})
+
+    def waited(self, wait_s: float) -> None:
+        """Take note of how long such a wait was."""
+        self.queue_s = (self.queue_s or 0.0) + wait_s
+
+    def leg(self, role: Role, base_url: str, request: web.Request) -> Span:
+        """Begin an attempt on an instance."""
+        num_before = self.num_legs.get(role, 0)
+        self.num_legs[role] = num_before + 1
+        self.instances[role] = base_url
+        if self.span is NO_SPAN:
+            return NO_SPAN
+        url = URL(base_url)
+        return self.span.child(
+            role.value,
+            {
+                "http.request.method": request.method,
+                "http.request.resend_count": num_before,
+                "server.address": url.host or "",
+                "server.port": url.port or 0,
+                "url.path": request.path,
+            },
+            is_leg=True,
+        )
+
+    def note_first_bytes(self) -> None:
+        """Take note that an instance has begun to answer."""
+        self.first_bytes_s = time.monotonic() - self.began
+
+    def note_prompt(self, reply: bytes) -> None:
+        """Take the counts of the prompt from a prefill instance's answer."""
+        if self.wanted:
+            self._note_usage(reply, is_prefill=True)
+
+    def passed(self, data: bytes) -> None:
+        """Take note of a part of the answer that was passed on to the client."""
+        self.response_len += len(data)
+        if self.wanted:
+            self.tail.append(data)
+
+    def note_model(self, name: object) -> None:
+        """Take note of the model that the client asks for."""
+        if isinstance(name, str):
+            self.model = name[:_MAX_MODEL_LEN]
+
+    def _note_usage(self, data: bytes, *, is_prefill: bool) -> None:
+        start = -1
+        for found in _USAGE.finditer(data, max(0, len(data) - _TAIL_LEN)):
+            start = found.end()  # the last: text may look like one only in what comes before
+        if start < 0:
+            return
+        counts = {found[1]: int(found[2]) for found in _COUNT.finditer(data, start)}
+        self.prompt_tokens = _first(counts, b"prompt_tokens", b"input_tokens", self.prompt_tokens)
+        self.cached_tokens = _first(counts, b"cached_tokens", b"", self.cached_tokens)
+        if not is_prefill:
+            self.completion_tokens = _first(counts, b"completion_tokens", b"output_tokens", None)
+
+    def _end_span(self) -> None:
+        """End the request's span, with what is known now."""
+        code = self.outcome.code if self.outcome else 500
+        found: dict[str, str | int | float | None] = {
+            "http.response.status_code": code,
+            "vllm_pd.path": self.outcome.path if self.outcome else None,
+            "vllm_pd.retries": self.num_retries,
+            "vllm_pd.api_key": self.api_key,
+            "gen_ai.request.model": self.model,
+            "gen_ai.usage.input_tokens": self.prompt_tokens,
+            "gen_ai.usage.cache_read.input_tokens": self.cached_tokens,
+            "gen_ai.usage.output_tokens": self.completion_tokens,
+            "gen_ai.latency.time_in_queue": self.queue_s,
+            "vllm_pd.first_bytes_s": self.first_bytes_s,
+        }
+        attributes: Attributes = {name: one for name, one in found.items() if one is not None}
+        self.span.note(attributes)
+        if code >= 500:  # for a server, what a client does wrong is no error
+            self.span.fail(self.error or str(code))
+        self.span.end()
+
+
+def _first(counts: dict[bytes, int], name: bytes, other: bytes, old: int | None) -> int | None:
+    return counts.get(name, counts.get(other, old))
+
+
+# Newer ones warn of a key that is text, older ones have no other.
+_KEY: Any = web.RequestKey("record", Record) if hasattr(web, "RequestKey") else "vllm_pd_record"
