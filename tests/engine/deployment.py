@@ -128,7 +128,7 @@ def deployed(
         "device": "cpu",
         "prefill": {"count": num_prefill, "port": ports[1], "tp": tp[0]},
         "decode": {"count": num_decode, "port": ports[1 + num_prefill], "tp": tp[1]},
-        "router": {"port": ports[0]},
+        "router": {"port": ports[0], **changes.pop("router", {})},
         "kv_cache_space_gib": 1,
         "args": ENGINE_ARGS,
         **changes,
