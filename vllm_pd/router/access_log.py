@@ -12,6 +12,7 @@ opens it anew if it was moved away: logrotate needs no signal.
 from __future__ import annotations
 
 import asyncio
+import datetime
 import json
 import logging
 import os
@@ -23,7 +24,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from vllm_pd.config import Role
 from vllm_pd.errors import ConfigError
 from vllm_pd.router.background import finish
 from vllm_pd.router.metrics import CLIENT_CLOSED
@@ -56,8 +56,10 @@ def access_line(request: web.Request, record: Record, response: web.StreamRespon
     else:
         status = CLIENT_CLOSED if response is None else response.status
     path = outcome.path if outcome is not None and outcome.path != "none" else None
+    total_s = time.monotonic() - record.began
+    arrived = datetime.datetime.now(datetime.UTC) - datetime.timedelta(seconds=total_s)
     line: dict[str, Any] = {
-        "time": record.arrived.isoformat(timespec="milliseconds").replace("+00:00", "Z"),
+        "time": arrived.isoformat(timespec="milliseconds").replace("+00:00", "Z"),
         "request_id": record.request_id,
         "trace_id": record.span.trace_id,
         "client": request.remote,
@@ -69,8 +71,8 @@ def access_line(request: web.Request, record: Record, response: web.StreamRespon
         "outcome": _outcome_of(status),
         "error": record.error and record.error[:_MAX_TEXT_LEN],
         "pd_path": path,
-        "prefill": record.instances.get(Role.PREFILL),
-        "decode": record.instances.get(Role.DECODE),
+        "prefill": record.prefill,
+        "decode": record.decode,
         "retries": record.num_retries,
         "prompt_tokens": record.prompt_tokens,
         "cached_tokens": record.cached_tokens,
@@ -78,7 +80,7 @@ def access_line(request: web.Request, record: Record, response: web.StreamRespon
         "queue_s": _rounded(record.queue_s),
         "prefill_s": _rounded(record.prefill_s),
         "first_bytes_s": _rounded(record.first_bytes_s),
-        "total_s": _rounded(time.monotonic() - record.began),
+        "total_s": _rounded(total_s),
         "request_len": record.request_len,
         "response_len": record.response_len or _body_len(response),
     }

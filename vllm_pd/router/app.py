@@ -219,8 +219,10 @@ async def _resources(app: web.Application) -> AsyncIterator[None]:
     config = app[CONFIG]
     async with contextlib.AsyncExitStack() as stack:
         await open_access_log(app, config, app[METRICS], stack)
-        tracer = open_tracer(config.otlp_traces_endpoint)
-        stack.push_async_callback(tracer.close)
+        tracer = None
+        if config.otlp_traces_endpoint is not None:
+            tracer = open_tracer(config.otlp_traces_endpoint)
+            stack.push_async_callback(tracer.close)
         probes = await stack.enter_async_context(Probes(connect_timeout_s=config.connect_timeout_s))
         upstream = await stack.enter_async_context(Upstream(config))
         control = ControlLink(config.cluster_key_file)

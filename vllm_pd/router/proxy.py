@@ -47,7 +47,7 @@ from vllm_pd.router.headers import PATH_DECODE_ONLY, PATH_DISAGGREGATED
 from vllm_pd.router.instance import Instance
 from vllm_pd.router.instances import InstancePool
 from vllm_pd.router.loads import Work
-from vllm_pd.router.metrics import Metrics
+from vllm_pd.router.metrics import Metrics, Outcome
 from vllm_pd.router.policy import InstanceView, Pair
 from vllm_pd.router.prefill import (
     Failed,
@@ -95,7 +95,7 @@ class Proxy:
     """Serves the OpenAI endpoints from the instances of a pool."""
 
     def __init__(
-        self, backend: Backend, metrics: Metrics, config: RouterConfig, tracer: Tracer
+        self, backend: Backend, metrics: Metrics, config: RouterConfig, tracer: Tracer | None
     ) -> None:
         self._pool = backend.pool
         self._control = backend.control
@@ -123,30 +123,41 @@ class Proxy:
         self, request: web.Request, serve: Callable[[Call], Awaitable[web.StreamResponse]]
     ) -> web.StreamResponse:
         record = Record.of(request)
-        with (
-            record.traced(self._tracer, request),
-            self._metrics.request(request.path) as outcome,
-        ):
-            record.outcome = outcome
-            client = self._access.client_of(request.headers)
-            if client is None:
-                outcome.code, record.error = 401, "no API key, or an unknown one"
-                return unauthorized_response()
-            call = Call.begin(request, outcome, client)
-            self._access.authorize(call.headers)
-            try:
-                with client.request():
-                    return await serve(call)
-            except web.HTTPRequestEntityTooLarge:
-                limit = self._config.max_body_len
-                return error_answer(call, 413, f"The request body is longer than {limit} bytes.")
-            except RemoteProtocolError as exc:
-                return error_answer(call, 400, str(exc))
-            except OverloadedError as exc:
-                headers = {"Retry-After": str(exc.retry_after_s)}
-                return error_answer(call, 429, str(exc), headers)
-            except NoInstanceError as exc:
-                return error_answer(call, 503, str(exc))
+        if self._tracer is not None:
+            record.begin(self._tracer, request)
+        try:
+            with self._metrics.request(request.path) as outcome:
+                record.outcome = outcome
+                return await self._answer_client(request, record, outcome, serve)
+        finally:
+            record.end()
+
+    async def _answer_client(
+        self,
+        request: web.Request,
+        record: Record,
+        outcome: Outcome,
+        serve: Callable[[Call], Awaitable[web.StreamResponse]],
+    ) -> web.StreamResponse:
+        client = self._access.client_of(request.headers)
+        if client is None:
+            outcome.code, record.error = 401, "no API key, or an unknown one"
+            return unauthorized_response()
+        call = Call.begin(request, outcome, client)
+        self._access.authorize(call.headers)
+        try:
+            with client.request():
+                return await serve(call)
+        except web.HTTPRequestEntityTooLarge:
+            limit = self._config.max_body_len
+            return error_answer(call, 413, f"The request body is longer than {limit} bytes.")
+        except RemoteProtocolError as exc:
+            return error_answer(call, 400, str(exc))
+        except OverloadedError as exc:
+            headers = {"Retry-After": str(exc.retry_after_s)}
+            return error_answer(call, 429, str(exc), headers)
+        except NoInstanceError as exc:
+            return error_answer(call, 503, str(exc))
 
     async def _forward(self, call: Call) -> web.StreamResponse:
         raw = await self._read(call) if call.request.body_exists else None

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
-import datetime
 import re
 import time
 from collections import deque
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -45,21 +42,22 @@ class Record:
 
     Attributes:
         request_id: names it everywhere.
-        arrived: when it came, by the wall clock.
-        began: the same on the monotonic clock.
+        began: when it came, on the monotonic clock.
         wanted: whether somebody wants to know what costs time to find out.
         span: its span.
         outcome: how it went, if it was for an instance.
         api_key: name of the client's API key.
         model: as the client named it.
-        num_legs: attempts on instances, by role.
-        instances: the last one of each role.
+        num_prefills: attempts on prefill instances.
+        num_decodes: attempts on decode instances.
+        prefill: the last prefill instance.
+        decode: the last decode instance.
         queue_s: waits for slots, all together.
         prefill_s: the prefill leg that succeeded.
         first_bytes_s: from the arrival to an instance's first bytes.
         request_len: bytes of the body.
         response_len: bytes of the answer's body that were given to the client's connection.
-        tail: the last parts of the answer, if it is wanted.
+        tail: the last parts of the answer, if the record is wanted.
         prompt_tokens: as vLLM counted them; None: it did not say.
         cached_tokens: likewise, of these.
         completion_tokens: likewise.
@@ -67,15 +65,16 @@ class Record:
     """
 
     request_id: str
-    arrived: datetime.datetime = field(default_factory=lambda: datetime.datetime.now(datetime.UTC))
     began: float = field(default_factory=time.monotonic)
     wanted: bool = False
     span: Span = NO_SPAN
     outcome: Outcome | None = None
     api_key: str | None = None
     model: str | None = None
-    num_legs: dict[Role, int] = field(default_factory=dict)
-    instances: dict[Role, str] = field(default_factory=dict)
+    num_prefills: int = 0
+    num_decodes: int = 0
+    prefill: str | None = None
+    decode: str | None = None
     queue_s: float | None = None
     prefill_s: float | None = None
     first_bytes_s: float | None = None
@@ -85,7 +84,7 @@ class Record:
     cached_tokens: int | None = None
     completion_tokens: int | None = None
     error: str | None = None
-    tail: deque[bytes] = field(default_factory=lambda: deque(maxlen=_NUM_TAIL))
+    tail: deque[bytes] | None = None
 
     @classmethod
     def of(cls, request: web.Request) -> Record:
@@ -100,11 +99,10 @@ class Record:
     @property
     def num_retries(self) -> int:
         """Legs that were sent again."""
-        return sum(num - 1 for num in self.num_legs.values())
+        return max(self.num_prefills - 1, 0) + max(self.num_decodes - 1, 0)
 
-    @contextlib.contextmanager
-    def traced(self, tracer: Tracer, request: web.Request) -> Iterator[None]:
-        """Have a span for the time of the context, and parts of it within."""
+    def begin(self, tracer: Tracer, request: web.Request) -> None:
+        """Begin the request's span."""
         attributes: dict[str, str | int | float | bool] = {
             "http.request.method": request.method,
             "http.route": request.path,
@@ -115,19 +113,13 @@ class Record:
         }
         if operation := _OPERATIONS.get(request.path):
             attributes["gen_ai.operation.name"] = operation
-        name = f"{request.method} {request.path}"
-        self.span = tracer.begin(name, request.headers, attributes)
-        self.wanted = self.wanted or self.span is not NO_SPAN
-        try:
-            yield
-        finally:
-            if self.wanted:
-                self._note_usage(b"".join(self.tail), is_prefill=False)
-            if self.span is not NO_SPAN:
-                self._end_span()
+        self.span = tracer.begin(f"{request.method} {request.path}", request.headers, attributes)
+        self.wanted = True
 
     def queue(self, role: Role) -> Span:
         """Begin the wait for a slot of a stage."""
+        if self.span is NO_SPAN:
+            return NO_SPAN
         return self.span.child(f"queue {role.value}", {"vllm_pd.stage": role.value})
 
     def waited(self, wait_s: float) -> None:
@@ -136,9 +128,12 @@ class Record:
 
     def leg(self, role: Role, base_url: str, request: web.Request) -> Span:
         """Begin an attempt on an instance."""
-        num_before = self.num_legs.get(role, 0)
-        self.num_legs[role] = num_before + 1
-        self.instances[role] = base_url
+        if role is Role.PREFILL:
+            num_before, self.prefill = self.num_prefills, base_url
+            self.num_prefills += 1
+        else:
+            num_before, self.decode = self.num_decodes, base_url
+            self.num_decodes += 1
         if self.span is NO_SPAN:
             return NO_SPAN
         url = URL(base_url)
@@ -167,12 +162,21 @@ class Record:
         """Take note of a part of the answer that was passed on to the client."""
         self.response_len += len(data)
         if self.wanted:
+            if self.tail is None:
+                self.tail = deque(maxlen=_NUM_TAIL)
             self.tail.append(data)
 
     def note_model(self, name: object) -> None:
         """Take note of the model that the client asks for."""
         if isinstance(name, str):
             self.model = name[:_MAX_MODEL_LEN]
+
+    def end(self) -> None:
+        """The answer has ended: read what its end says, and end the span."""
+        if self.tail is not None:
+            self._note_usage(b"".join(self.tail), is_prefill=False)
+        if self.span is not NO_SPAN:
+            self._end_span()
 
     def _note_usage(self, data: bytes, *, is_prefill: bool) -> None:
         start = -1

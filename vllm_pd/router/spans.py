@@ -102,25 +102,12 @@ class Tracer(ABC):
         """Send what is left, within a few seconds."""
 
 
-class NoTracer(Tracer):
-    """Traces nothing."""
-
-    def begin(self, name: str, headers: Mapping[str, str], attributes: Attributes) -> Span:  # noqa: ARG002
-        """Return a span that does nothing."""
-        return NO_SPAN
-
-    async def close(self) -> None:
-        """Do nothing."""
-
-
-def open_tracer(endpoint: str | None) -> Tracer:
-    """Return what traces requests to a collector; None: nothing is traced.
+def open_tracer(endpoint: str) -> Tracer:
+    """Return what traces requests to a collector.
 
     Raises:
         ConfigError: OpenTelemetry is not installed, or cannot be used so.
     """
-    if endpoint is None:
-        return NoTracer()
     try:
         from vllm_pd.router.otel import OtelTracer  # an optional dependency
     except ImportError as exc:
