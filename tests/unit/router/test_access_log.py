@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import re
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -96,7 +97,6 @@ async def test_a_served_request_is_one_line_with_everything(
         "response_len": len(sent),
     }
     assert {name: line[name] for name in expected} == expected
-    assert line["time"].endswith("Z")
     assert 0 <= line["queue_s"] <= line["total_s"]
     assert 0 < line["prefill_s"] < line["first_bytes_s"] < line["total_s"]
 
@@ -206,14 +206,18 @@ async def test_nothing_that_a_client_sends_can_begin_a_line_or_act_on_a_terminal
     evil = '\n{"status": 200}\r\u2028\u009b31m\u202e"'
     async with router.get(URL(f"/{quote(evil)}", encoded=True)):
         pass
-    async with router.post(COMPLETIONS, json=BODY | {"model": evil}):
-        pass
+    halved = evil + "\ud800"
+    for model in (evil, halved):
+        async with router.post(COMPLETIONS, json=BODY | {"model": model}):
+            pass
     await router.close()
     text = text_of(log_file)
-    unknown, served = text.split("\n")[:-1]
-    assert all(" " <= character < "\x7f" for character in unknown + served)
-    assert json.loads(unknown)["path"] == f"/{evil}"
-    assert json.loads(served)["model"] == evil
+    assert all(" " <= character < "\x7f" for line in text.split("\n") for character in line)
+    unknown, served, odd = lines_of(log_file)
+    assert unknown["path"] == f"/{evil}"
+    assert (served["model"], odd["model"]) == (evil, halved)
+    for line in (unknown, served, odd):
+        assert datetime.fromisoformat(line["time"]).tzname() == "UTC"
 
 
 async def test_a_long_path_is_cut(
