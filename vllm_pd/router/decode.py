@@ -114,7 +114,9 @@ class DecodeLegs:
         """
         with contextlib.ExitStack() as stack:
             span = stack.enter_context(
-                call.record.leg(Role.DECODE, instance.base_url, call.request)
+                call.record.leg(
+                    Role.DECODE, instance.base_url, method=call.request.method, path=call.path
+                )
             )
             use = stack.enter_context(self._pool.in_use(instance, work))
             try:

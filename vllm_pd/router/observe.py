@@ -9,7 +9,7 @@ from aiohttp import web
 
 from vllm_pd.config import RouterConfig
 from vllm_pd.router.access_log import AccessLog, access_line
-from vllm_pd.router.headers import REQUEST_ID, choose_request_id
+from vllm_pd.router.headers import REQUEST_ID
 from vllm_pd.router.metrics import Metrics
 from vllm_pd.router.record import Record
 
@@ -42,8 +42,7 @@ async def open_access_log(
 
 @web.middleware
 async def _recorded(request: web.Request, handler: Handler) -> web.StreamResponse:
-    record = Record(choose_request_id(request.headers))
-    record.attach(request)
+    record = Record.of(request)
     log = request.app.get(_ACCESS_LOG)
     if log is None:
         return await handler(request)
@@ -57,4 +56,5 @@ async def _recorded(request: web.Request, handler: Handler) -> web.StreamRespons
 
 
 async def _name(request: web.Request, response: web.StreamResponse) -> None:
+    # Of one that aiohttp refuses before any middleware, this is the beginning.
     response.headers[REQUEST_ID] = Record.of(request).request_id

@@ -90,7 +90,7 @@ class PrefillLegs:
         leg = bodies.dump(bodies.prefill_body(job.members, transfer_id, path=call.path))
         cached = job.matches.cached.get(instance.base_url, 0)
         work = Work(prefill_tokens=max(job.prompt.num_tokens - cached, 0), num_sequences=1)
-        span = call.record.leg(Role.PREFILL, instance.base_url, call.request)
+        span = call.record.leg(Role.PREFILL, instance.base_url, path=call.path)
         with span, self._pool.in_use(instance, work) as use:
             try:
                 answer = await self._upstream.prefill(

@@ -12,15 +12,17 @@ from aiohttp import web
 from yarl import URL
 
 from vllm_pd.config import Role
+from vllm_pd.router.headers import choose_request_id
 from vllm_pd.router.metrics import Outcome
 from vllm_pd.router.spans import NO_SPAN, Attributes, Span, Tracer
 
+_USAGE_KEY = b'"usage"'
 _USAGE = re.compile(rb'"usage"\s*:\s*\{')
 _COUNT = re.compile(
     rb'"(prompt_tokens|input_tokens|completion_tokens|output_tokens|cached_tokens)"\s*:\s*(\d+)'
 )
-_TAIL_LEN = 64 * 1024
-"""Of a long answer, as much of its end is searched for its usage."""
+_USAGE_LEN = 1024
+"""Bytes after its key that hold it."""
 
 _NUM_TAIL = 8
 """Of a stream, as many of its last parts are; its usage is in the last event but one."""
@@ -58,6 +60,7 @@ class Record:
         request_len: bytes of the body.
         response_len: bytes of the answer's body that were given to the client's connection.
         tail: the last parts of the answer, if the record is wanted.
+        prefill_reply: the prefill instance's answer, likewise.
         prompt_tokens: as vLLM counted them; None: it did not say.
         cached_tokens: likewise, of these.
         completion_tokens: likewise.
@@ -85,16 +88,15 @@ class Record:
     completion_tokens: int | None = None
     error: str | None = None
     tail: deque[bytes] | None = None
+    prefill_reply: bytes | None = None
 
     @classmethod
     def of(cls, request: web.Request) -> Record:
-        """Return the record of a request."""
-        record: Record = request[_KEY]
+        """Return the record of a request; begins it the first time."""
+        record: Record | None = request.get(_KEY)
+        if record is None:
+            record = request[_KEY] = cls(choose_request_id(request.headers))
         return record
-
-    def attach(self, request: web.Request) -> None:
-        """Make it the record of a request."""
-        request[_KEY] = self
 
     @property
     def num_retries(self) -> int:
@@ -126,7 +128,7 @@ class Record:
         """Take note of how long such a wait was."""
         self.queue_s = (self.queue_s or 0.0) + wait_s
 
-    def leg(self, role: Role, base_url: str, request: web.Request) -> Span:
+    def leg(self, role: Role, base_url: str, *, method: str = "POST", path: str) -> Span:
         """Begin an attempt on an instance."""
         if role is Role.PREFILL:
             num_before, self.prefill = self.num_prefills, base_url
@@ -140,11 +142,11 @@ class Record:
         return self.span.child(
             role.value,
             {
-                "http.request.method": request.method,
+                "http.request.method": method,
                 "http.request.resend_count": num_before,
                 "server.address": url.host or "",
                 "server.port": url.port or 0,
-                "url.path": request.path,
+                "url.path": path,
             },
             is_leg=True,
         )
@@ -154,9 +156,9 @@ class Record:
         self.first_bytes_s = time.monotonic() - self.began
 
     def note_prompt(self, reply: bytes) -> None:
-        """Take the counts of the prompt from a prefill instance's answer."""
+        """Take a prefill instance's answer, for its counts should no other have them."""
         if self.wanted:
-            self._note_usage(reply, is_prefill=True)
+            self.prefill_reply = reply
 
     def passed(self, data: bytes) -> None:
         """Take note of a part of the answer that was passed on to the client."""
@@ -175,16 +177,18 @@ class Record:
         """The answer has ended: read what its end says, and end the span."""
         if self.tail is not None:
             self._note_usage(b"".join(self.tail), is_prefill=False)
+        if self.prompt_tokens is None and self.prefill_reply is not None:
+            self._note_usage(self.prefill_reply, is_prefill=True)
         if self.span is not NO_SPAN:
             self._end_span()
 
     def _note_usage(self, data: bytes, *, is_prefill: bool) -> None:
-        start = -1
-        for found in _USAGE.finditer(data, max(0, len(data) - _TAIL_LEN)):
-            start = found.end()  # the last: text may look like one only in what comes before
+        start = _usage_in(data)
         if start < 0:
             return
-        counts = {found[1]: int(found[2]) for found in _COUNT.finditer(data, start)}
+        counts = {
+            found[1]: int(found[2]) for found in _COUNT.finditer(data, start, start + _USAGE_LEN)
+        }
         self.prompt_tokens = _first(counts, b"prompt_tokens", b"input_tokens", self.prompt_tokens)
         self.cached_tokens = _first(counts, b"cached_tokens", b"", self.cached_tokens)
         if not is_prefill:
@@ -210,6 +214,16 @@ class Record:
         if code >= 500:  # for a server, what a client does wrong is no error
             self.span.fail(self.error or str(code))
         self.span.end()
+
+
+def _usage_in(data: bytes) -> int:
+    """Return where the last usage of an answer begins, or -1; it may be a word of the text, too."""
+    end = len(data)
+    while (start := data.rfind(_USAGE_KEY, 0, end)) >= 0:
+        if _USAGE.match(data, start):
+            return start
+        end = start
+    return -1
 
 
 def _first(counts: dict[bytes, int], name: bytes, other: bytes, old: int | None) -> int | None:

@@ -110,9 +110,10 @@ def open_tracer(endpoint: str) -> Tracer:
     """
     try:
         from vllm_pd.router.otel import OtelTracer  # an optional dependency
+
+        return OtelTracer.open(endpoint)
     except ImportError as exc:
         raise ConfigError(
             f"otlp_traces_endpoint needs OpenTelemetry, and {exc.name} is missing",
             hint="pip install 'vllm-pd[otel]', or leave otlp_traces_endpoint out",
         ) from exc
-    return OtelTracer.open(endpoint)

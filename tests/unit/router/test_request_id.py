@@ -89,6 +89,12 @@ async def test_answers_to_unknown_endpoints_and_methods_have_it(router: Client) 
         assert (response.status, response.headers["X-Request-Id"]) == (405, "mine-1")
 
 
+async def test_a_refusal_before_any_handler_has_it(router: Client) -> None:
+    headers = NAMED | {"Expect": "miracles"}
+    async with router.post(COMPLETIONS, json=BODY, headers=headers) as response:
+        assert (response.status, response.headers["X-Request-Id"]) == (417, "mine-1")
+
+
 async def test_refusals_for_want_of_a_key_have_it(
     start_router: StartRouter,
     prefill: FakeInstance,

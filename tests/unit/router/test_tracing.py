@@ -314,14 +314,15 @@ def test_without_traces_opentelemetry_is_not_imported() -> None:
     assert run_python(code) == "[]"
 
 
-def test_missing_packages_are_named_with_what_to_do() -> None:
+@pytest.mark.parametrize("name", ["opentelemetry.sdk", "opentelemetry.exporter.otlp.proto.http"])
+def test_missing_packages_are_named_with_what_to_do(name: str) -> None:
     code = (
-        "import sys; sys.modules['opentelemetry.sdk'] = None\n"
+        f"import sys; sys.modules['{name}'] = None\n"
         "from vllm_pd.errors import ConfigError\n"
         "from vllm_pd.router.spans import open_tracer\n"
         "try: open_tracer('http://127.0.0.1:4318')\n"
         "except ConfigError as exc: print(exc)"
     )
     said = run_python(code)
-    assert "otlp_traces_endpoint needs OpenTelemetry" in said
+    assert f"otlp_traces_endpoint needs OpenTelemetry, and {name}" in said
     assert "pip install 'vllm-pd[otel]'" in said
