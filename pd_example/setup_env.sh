@@ -3,7 +3,7 @@
 #
 #   source pd_example/setup_env.sh
 #   setup_env           # sets PD_PYTHON and VLLM_PD (an array: the command)
-#   setup_env --test    # with the tools of tests/run.sh and the oldest supported vLLM, too
+#   setup_env --test    # with what tests/run.sh needs, too: tools, the oldest vLLM, NIXL
 #   find_env            # the same without installing anything; fails where there is none
 #
 # Environment variables:
@@ -167,7 +167,8 @@ pd_setup_venv() {
   mkdir -p "$PD_VENV"
   echo "$device" >"$PD_VENV/.stamp-device"
   : >"$PD_LOG"
-  rm -f "$PD_VENV/.stamp-engine" "$PD_VENV/.stamp-test" "$PD_VENV/.stamp-vllm-0.23"
+  rm -f "$PD_VENV/.stamp-engine" "$PD_VENV/.stamp-test" "$PD_VENV/.stamp-vllm-0.23" \
+    "$PD_VENV/.stamp-nixl"
   pd_step "making the virtual environment with $("$python" --version)" \
     "$python" -m venv "$PD_VENV" || pd_step_failed "the virtual environment could not be made"
   pd_step "installing PyTorch" pd_install_torch "$device" ||
@@ -221,6 +222,23 @@ pd_setup_vllm_0_23() {
   pd_unlock
 }
 
+# In a folder of its own: no other engine is to see it.
+pd_install_nixl() {
+  rm -rf "$PD_VENV/nixl"
+  pd_pip --no-deps --target "$PD_VENV/nixl" --requirement "$PD_REPO/requirements/nixl.txt"
+}
+
+pd_setup_nixl() {
+  local wanted
+  wanted=$(pd_wanted requirements/nixl.txt)
+  pd_is_done nixl "$wanted" && return
+  pd_lock
+  pd_step "installing NIXL beside it, for its tests" pd_install_nixl ||
+    pd_step_failed "NIXL could not be installed"
+  echo "$wanted" >"$PD_VENV/.stamp-nixl"
+  pd_unlock
+}
+
 # The image's Python has the engine; add this project, and what it imports if it is missing.
 pd_setup_npu() {
   PD_PYTHON=$(command -v "${PYTHON:-python3}")
@@ -266,6 +284,7 @@ setup_env() {
     if [[ ${1:-} == --test ]]; then
       pd_setup_test_tools
       pd_setup_vllm_0_23
+      pd_setup_nixl
     fi
   fi
   find_env || pd_fail "$PD_PYTHON cannot import vllm_pd; remove $PD_VENV and start again"

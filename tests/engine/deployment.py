@@ -12,7 +12,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -155,9 +155,10 @@ def served(
     name: str = "colocated",
     core: int = 0,
     args: Sequence[str] = (),
+    env: Mapping[str, str] | None = None,
     **kv_transfer: Any,
 ) -> Iterator[str]:
-    """Start one ``vllm serve`` by hand; yield its address.
+    """Start one ``vllm serve`` by hand, with further ``env``; yield its address.
 
     Without ``kv_transfer`` it has no connector: the colocated instance that the
     answers of a deployment are compared with.
@@ -169,6 +170,7 @@ def served(
         "VLLM_CPU_KVCACHE_SPACE": "1",
         "VLLM_CPU_OMP_THREADS_BIND": str(cores[core % len(cores)]),
         "PYTHONPATH": str(REPO),
+        **(env or {}),
     }
     command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(model)]
     command += ["--host", "127.0.0.1", "--port", str(port), "--served-model-name", "m"]
@@ -180,11 +182,11 @@ def served(
 
 
 @contextlib.contextmanager
-def routed(folder: Path, prefill: str, decode: str) -> Iterator[str]:
-    """Start ``vllm-pd router`` by hand; yield its address."""
+def routed(folder: Path, prefill: str, decode: str, **options: Any) -> Iterator[str]:
+    """Start ``vllm-pd router`` by hand, with further keys; yield its address."""
     (port,) = free_ports(1)
     command = [sys.executable, "-m", "vllm_pd.cli", "router", "--port", str(port)]
-    command += ["--prefill", prefill, "--decode", decode]
+    command += ["--prefill", prefill, "--decode", decode, "--options", json.dumps(options)]
     with running(folder / "router.log", command, f"http://127.0.0.1:{port}", {}) as url:
         yield url
 

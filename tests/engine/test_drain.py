@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import json
-import os
-import re
-import signal
 import time
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
 from http.client import HTTPResponse
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.engine.deployment import metric, served
+from tests.engine.deployment import metric
+from tests.engine.instances import Instance, started
 from tests.engine.workload import Case, completion
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.timeout(600)]
@@ -27,53 +24,19 @@ PROMPT = [7 + i % 900 for i in range(700)]
 DRAIN_S = 90
 
 
-@dataclass(frozen=True)
-class Instance:
-    """One ``vllm serve``, started by hand."""
-
-    url: str
-    log: Path
-    pid: int  # a child of this process
-
-    def terminate(self) -> None:
-        os.kill(self.pid, signal.SIGTERM)
-
-    def is_running(self) -> bool:
-        return os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
-
-    def errors(self) -> list[str]:
-        """Return what engine and worker logged as errors; the API server's are vLLM's own."""
-        lines = self.log.read_text().splitlines()
-        return [line for line in lines if re.match(r"\((EngineCore|Worker).*\) ERROR", line)]
-
-    def wait_exit(self, timeout_s: float) -> int:
-        """Wait until it ends by itself; return the exit code."""
-        deadline = time.monotonic() + timeout_s
-        while self.is_running():
-            assert time.monotonic() < deadline, f"still running: {self.log.read_text()[-3000:]}"
-            time.sleep(0.05)
-        ended = os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT)
-        assert ended is not None
-        assert ended.si_code == os.CLD_EXITED, f"killed by signal {ended.si_status}"
-        return ended.si_status
-
-
 @contextmanager
 def instance(
     folder: Path, model: Path, name: str, *args: str, lease_s: float, core: int
 ) -> Iterator[Instance]:
-    options = {
+    options: dict[str, Any] = {
         "kv_connector": "PDConnector",
         "kv_role": "kv_both",
         "kv_load_failure_policy": "recompute",
         "kv_connector_extra_config": {"lease_s": lease_s},
     }
     args = ("--shutdown-timeout", str(DRAIN_S), *args)
-    with served(folder, model, name=name, core=core, args=args, **options) as url:
-        log = folder / f"{name}.log"
-        found = re.search(r"APIServer pid=(\d+)", log.read_text())
-        assert found
-        yield Instance(url, log, int(found[1]))
+    with started(folder, model, name, core=core, args=args, **options) as instance:
+        yield instance
 
 
 def post(url: str, case: Case, params: dict[str, Any]) -> dict[str, Any]:

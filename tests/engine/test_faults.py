@@ -71,7 +71,7 @@ class TestFaultsInEveryTransfer:
     def test_1000_aborted_requests_leak_nothing(
         self, deployment: Deployment, reference: Reference
     ) -> None:
-        done = asyncio.run(abort_many(deployment.router))
+        done = asyncio.run(abort_many(deployment.router, NUM_ABORTED))
         assert done.total() == NUM_ABORTED
         assert done["early"] > 100, done
         assert done["first byte"] > 100, done
@@ -104,7 +104,7 @@ class TestFaultsInEveryTransfer:
         check_accounts(deployment)
 
 
-async def abort_many(url: str) -> Counter[str]:
+async def abort_many(url: str, count: int) -> Counter[str]:
     """Send requests and leave before they are answered; return how many left when."""
     rng = random.Random(31)
     gate = asyncio.Semaphore(CONCURRENCY)
@@ -125,7 +125,7 @@ async def abort_many(url: str) -> Counter[str]:
 
     connector = aiohttp.TCPConnector(limit=0, force_close=True)
     async with aiohttp.ClientSession(connector=connector) as session, asyncio.TaskGroup() as group:
-        for number in range(NUM_ABORTED):
+        for number in range(count):
             prompt = rng.choices(VOCAB, k=rng.choice((20, 140, 260)))
             case = completion(prompt, stream=True, max_tokens=200)
             patience_s = None if number % 3 == 0 else rng.random() * 0.3

@@ -216,7 +216,7 @@ class TestByHand:
         case, wanted = next(
             (case, answer) for case, answer in reference.equality if answer.num_prompt_tokens == 512
         )
-        plugin = {"kv_connector": "PDConnector", "kv_role": "kv_both"}
+        plugin: dict[str, Any] = {"kv_connector": "PDConnector", "kv_role": "kv_both"}
         corrupting: dict[str, Any] = {
             "kv_connector": "CorruptingConnector",
             "kv_connector_module_path": "tests.engine.corrupting_connector",
