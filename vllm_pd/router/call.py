@@ -60,7 +60,10 @@ class Call:
         return added
 
     async def read(self, max_body_len: int) -> bytes:
-        """Return the body that the client sent.
+        """Return the body that the client sent; to be called once.
+
+        Not by ``request.read()``, which keeps a copy: a connection holds its last request
+        until the next one comes, so an idle one would hold as much memory as that had.
 
         Raises:
             web.HTTPRequestEntityTooLarge: it is longer than ``max_body_len`` bytes.
@@ -69,14 +72,18 @@ class Call:
         length = self.request.content_length
         if length is not None and length > max_body_len:
             raise web.HTTPRequestEntityTooLarge(max_body_len, length)
+        parts: list[bytes] = []
+        num_bytes = 0
         try:
-            raw = await self.request.read()
+            async for part in self.request.content.iter_any():
+                parts.append(part)
+                num_bytes += len(part)
+                if num_bytes > max_body_len:
+                    raise web.HTTPRequestEntityTooLarge(max_body_len, num_bytes)
         except web.RequestPayloadError as exc:
             raise RemoteProtocolError(f"the request body is damaged: {describe(exc)}") from exc
-        if len(raw) > max_body_len:
-            raise web.HTTPRequestEntityTooLarge(max_body_len, len(raw))
-        self.record.request_len = len(raw)
-        return raw
+        self.record.request_len = num_bytes
+        return b"".join(parts)
 
 
 @dataclass(frozen=True, slots=True)
