@@ -140,6 +140,9 @@ class Connection(asyncio.Protocol):
     def finish(self) -> None:
         """End the exchange; if the answer is not complete, the connection is gone with it."""
         self._in_exchange = False
+        # Once raised, it leads to the frames that sent the request, and those lead back here:
+        # their bodies would wait for the garbage collector.
+        self._error = None
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None

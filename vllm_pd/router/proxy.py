@@ -352,7 +352,8 @@ class Proxy:
         details = prefilled.details if prefilled else _NO_DETAILS
         producer = prefilled.instance if prefilled else None
         tried: set[str] = set()
-        failure: BaseException | None = None
+        # Not the exception: it would keep this frame, and with it the body, from being freed.
+        failure: tuple[int, str] | None = None
         while (view := first or self._choose_decode(job, producer, tried)) is not None:
             first = None
             instance = self._pool.at(view)
@@ -368,7 +369,7 @@ class Proxy:
                     local_tokens=_uncached(job, instance) if job and not prefilled else 0,
                 )
             except UPSTREAM_ERRORS as exc:
-                failure = exc
+                failure = failure_of(exc)
                 if is_idle_timeout(exc):
                     break  # the client has waited long enough
                 continue
@@ -385,7 +386,7 @@ class Proxy:
             self._release(prefilled.instance, str(prefilled.kv_params.get("transfer_id")))
         if failure is None:
             raise NoInstanceError("No decode instance is available.")
-        return error_answer(call, *failure_of(failure))
+        return error_answer(call, *failure)
 
     @contextlib.asynccontextmanager
     async def _slot(

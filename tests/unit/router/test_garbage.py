@@ -1,0 +1,77 @@
+"""What requests leave behind: bodies of megabytes must not wait for a garbage collection."""
+
+from __future__ import annotations
+
+import gc
+import types
+from collections.abc import Iterator
+
+import pytest
+
+from tests.unit.router.conftest import StartInstance, StartRouter
+from tests.unit.router.fakes import Streams, completes, drops, prefills
+
+
+@pytest.fixture
+def uncollected() -> Iterator[None]:
+    """Keep whatever a collection would free."""
+    gc.collect()
+    gc.disable()
+    gc.set_debug(gc.DEBUG_SAVEALL)
+    yield
+    gc.set_debug(0)
+    gc.garbage.clear()
+    gc.enable()
+
+
+def frames_of_the_router() -> list[str]:
+    """Return the functions whose variables only the garbage collector can free."""
+    gc.collect()
+    frames = [one for one in gc.garbage if isinstance(one, types.FrameType)]
+    codes = [frame.f_code for frame in frames]
+    return [code.co_qualname for code in codes if "vllm_pd/router/" in code.co_filename]
+
+
+@pytest.mark.usefixtures("uncollected")
+@pytest.mark.parametrize("stream", [False, True])
+async def test_failed_legs_leave_no_frames_to_the_garbage_collector(
+    start_instance: StartInstance, start_router: StartRouter, *, stream: bool
+) -> None:
+    answer = Streams([b"data: [DONE]\n\n"]) if stream else completes
+    producers = [await start_instance(behave) for behave in (drops, prefills)]
+    consumers = [await start_instance(behave) for behave in (drops, answer)]
+    router = await start_router(producers, consumers)
+    body = {"model": "m", "prompt": "hi", "max_tokens": 8, "stream": stream}
+
+    async with router.post("/v1/completions", json=body) as response:
+        assert response.status == 200
+        await response.read()
+
+    assert [len(one.received) for one in (*producers, *consumers)] == [1, 1, 1, 1]
+    assert frames_of_the_router() == []
+
+
+@pytest.mark.usefixtures("uncollected")
+async def test_request_that_nobody_can_serve_leaves_none_either(
+    start_instance: StartInstance, start_router: StartRouter
+) -> None:
+    router = await start_router([await start_instance(prefills)], [await start_instance(drops)])
+
+    async with router.post("/v1/completions", json={"model": "m", "prompt": "hi"}) as response:
+        assert response.status == 502
+
+    assert frames_of_the_router() == []
+
+
+@pytest.mark.usefixtures("uncollected")
+async def test_stream_that_breaks_off_leaves_none_either(
+    start_instance: StartInstance, start_router: StartRouter
+) -> None:
+    decode = await start_instance(Streams([b"data: 1\n\n"], die=True))
+    router = await start_router([await start_instance(prefills)], [decode])
+    body = {"model": "m", "prompt": "hi", "stream": True}
+
+    async with router.post("/v1/completions", json=body) as response:
+        assert b'"error"' in await response.read()
+
+    assert frames_of_the_router() == []
