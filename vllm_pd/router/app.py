@@ -19,7 +19,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 
 from vllm_pd.config import Role, RouterConfig
 from vllm_pd.errors import ConfigError
-from vllm_pd.router import policy
+from vllm_pd.router import heap, policy
 from vllm_pd.router.admin import Admin, AdminKey
 from vllm_pd.router.admission import Stage
 from vllm_pd.router.affinity import AffinityIndex
@@ -117,6 +117,7 @@ def run(config: RouterConfig) -> int:
     _check_instances(config)
     _allow_many_connections()
     _collect_garbage_rarely()
+    heap.return_large_blocks()
     with asyncio.Runner(loop_factory=_loop_factory()) as runner:
         runner.run(_run_until_signal(config))
     return 0
