@@ -100,6 +100,11 @@ class Metrics:
             "Lines of the access log that could not be written.",
             registry=self._registry,
         )
+        self._tasks = Gauge(
+            "vllm_pd:router_tasks",
+            "Tasks of the router's event loop; what stays when nobody asks anything, has leaked.",
+            registry=self._registry,
+        )
         self._instance_up = Gauge(
             "vllm_pd:router_instance_up",
             "Whether the router sends requests to an instance.",
@@ -135,6 +140,7 @@ class Metrics:
 
     def render(self, pool: InstancePool) -> bytes:
         """Return everything in Prometheus' text format."""
+        self._tasks.set(len(asyncio.all_tasks()))
         self._instance_up.clear()  # of those that are not there any more, too
         self._instance_in_flight.clear()
         for instance in pool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import types
 from collections.abc import Iterator
@@ -9,7 +10,9 @@ from collections.abc import Iterator
 import pytest
 
 from tests.unit.router.conftest import StartInstance, StartRouter
-from tests.unit.router.fakes import Streams, completes, drops, prefills
+from tests.unit.router.fakes import Client, Streams, completes, drops, prefills
+
+METRIC = "vllm_pd:router_tasks "
 
 
 @pytest.fixture
@@ -75,3 +78,17 @@ async def test_stream_that_breaks_off_leaves_none_either(
         assert b'"error"' in await response.read()
 
     assert frames_of_the_router() == []
+
+
+async def test_metrics_count_the_tasks(router: Client) -> None:
+    async def num_tasks() -> float:
+        async with router.get("/metrics") as response:
+            lines = (await response.text()).splitlines()
+        return next(float(line.split()[1]) for line in lines if line.startswith(METRIC))
+
+    await num_tasks()  # from here on, the connection and its task are there
+    before = await num_tasks()
+    task = asyncio.create_task(asyncio.Event().wait())
+
+    assert await num_tasks() == before + 1
+    task.cancel()
