@@ -149,7 +149,9 @@ def test_request_that_asked_is_answered_with_its_timeline(
     params = answer_of(consumer, request_id)
     assert params is not None
     assert list(params) == ["timeline"]
-    assert (params["timeline"]["outcome"], params["timeline"]["num_bytes"]) == ("ok", 12345)
+    timeline = params["timeline"]
+    assert (timeline["outcome"], timeline["num_bytes"]) == ("ok", 12345)
+    assert timeline["engine_queue_s"] >= 0
 
 
 def test_request_that_did_not_ask_is_answered_as_by_any_vllm(

@@ -126,6 +126,8 @@ class PDConnectorScheduler:
                 request.request_id,
                 RemoteLease(remote.remote_host, remote.remote_port, remote.transfer_id, lease_s),
             )
+            if wants_timeline(request.kv_transfer_params):
+                self._timelines.note_arrival(request.request_id)
 
     def get_num_new_matched_tokens(
         self, request: SchedulerRequest, num_computed_tokens: int

@@ -1,41 +1,52 @@
 """Where the time of single requests went, for routers that ask.
 
 A decode request whose ``kv_transfer_params`` say ``"timeline": true`` is answered
-with the timeline of its fetch. Only such requests are remembered, from the order
-to fetch until they finish.
+with the timeline of its fetch. Only such requests are remembered, from their arrival
+until they finish.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import time
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 from typing import Any
 
+from vllm_pd.protocol.params import TIMELINE
 from vllm_pd.session.stats import FetchRecord, FetchTimeline, Outcome
-
-KEY = "timeline"
-"""In the params of the request and in those of its answer."""
 
 
 def wants_timeline(params: Mapping[str, Any] | None) -> bool:
     """Return whether a request asks for its timeline."""
-    return params is not None and params.get(KEY) is True
+    return params is not None and params.get(TIMELINE) is True
 
 
 class Timelines:
     """The fetches of those requests that asked, until the requests finish.
 
-    Every request that is ``expect``-ed must be ``take``-n, fetched or not.
+    Every request that is told of here must be ``take``-n, fetched or not.
+
+    Args:
+        clock: a monotonic clock, in seconds.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
         self._records: dict[str, FetchRecord | None] = {}
+        self._arrived: dict[str, float] = {}
+        self._queued_s: dict[str, float] = {}
 
     def __len__(self) -> int:
-        return len(self._records)
+        return len(self._records.keys() | self._arrived.keys() | self._queued_s.keys())
+
+    def note_arrival(self, request_id: str) -> None:
+        """A request has joined the engine's queue."""
+        self._arrived[request_id] = self._clock()
 
     def expect(self, request_id: str) -> None:
-        """Begin to remember the fetch of a request."""
+        """Begin to remember the fetch of a request, which has its blocks now."""
+        if (arrived := self._arrived.pop(request_id, None)) is not None:
+            self._queued_s[request_id] = self._clock() - arrived
         self._records.setdefault(request_id, None)
 
     def add(self, records: Iterable[FetchRecord]) -> None:
@@ -51,7 +62,9 @@ class Timelines:
         None if it did not ask, or nothing was fetched for it.
         """
         record = self._records.pop(request_id, None)
-        return None if record is None else {KEY: _to_params(record)}
+        queued_s = self._queued_s.pop(request_id, None)
+        self._arrived.pop(request_id, None)
+        return None if record is None else {TIMELINE: _to_params(record, queued_s)}
 
 
 def _merged(one: FetchRecord, other: FetchRecord) -> FetchRecord:
@@ -68,8 +81,10 @@ def _merged(one: FetchRecord, other: FetchRecord) -> FetchRecord:
     )
 
 
-def _to_params(record: FetchRecord) -> dict[str, Any]:
+def _to_params(record: FetchRecord, engine_queue_s: float | None) -> dict[str, Any]:
     stages = {name: round(value, 6) for name, value in asdict(record.timeline).items()}
+    if engine_queue_s is not None:
+        stages["engine_queue_s"] = round(engine_queue_s, 6)
     return {
         **stages,
         "outcome": record.outcome.value,

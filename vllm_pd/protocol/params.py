@@ -18,6 +18,9 @@ import msgspec
 from vllm_pd.errors import RemoteProtocolError
 from vllm_pd.protocol.messages import MAX_ID_LEN
 
+TIMELINE = "timeline"
+"""In the params of a decode request that asks for its timeline, and in those of its answer."""
+
 
 class RemotePrefill(msgspec.Struct, frozen=True, kw_only=True):
     """Where a decode request finds its prompt's KV cache.
@@ -74,6 +77,11 @@ def pending_prefill_params(
         remote_num_tokens=None,
     )
     return {"do_remote_prefill": True, "do_remote_decode": False, **msgspec.to_builtins(remote)}
+
+
+def is_of_pd_connector(params: Mapping[str, Any]) -> bool:
+    """Return whether params of a finished prefill are those of this connector."""
+    return isinstance(params.get("remote_prompt_digest"), str)
 
 
 def wants_remote_decode(params: Mapping[str, Any] | None) -> bool:

@@ -17,6 +17,7 @@ from vllm_pd.router.headers import PD_PATH
 from vllm_pd.router.instance import describe
 from vllm_pd.router.metrics import Outcome
 from vllm_pd.router.record import Record
+from vllm_pd.router.timeline import asking
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,4 +107,4 @@ class Job:
 
     def leg(self, kv_params: dict[str, Any] | None) -> bytes:
         """Return the body of the decode leg."""
-        return bodies.dump(bodies.decode_body(self.members, kv_params))
+        return bodies.dump(bodies.decode_body(self.members, asking(kv_params, self.body)))

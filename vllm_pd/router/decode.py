@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
@@ -18,9 +19,12 @@ from vllm_pd.router.call import Call
 from vllm_pd.router.instance import Instance, describe
 from vllm_pd.router.instances import InstancePool, Use
 from vllm_pd.router.loads import Work
+from vllm_pd.router.metrics import Metrics
+from vllm_pd.router.pace import Pace
 from vllm_pd.router.replies import error_event, error_response
 from vllm_pd.router.spans import Span
 from vllm_pd.router.sse import SseReader, is_aborted
+from vllm_pd.router.timeline import timeline_of
 from vllm_pd.router.upstream import UPSTREAM_ERRORS, Answer, Upstream, is_idle_timeout
 from vllm_pd.router.usage import PromptDetails, repaired
 
@@ -81,11 +85,20 @@ class DecodeLegs:
     Args:
         pool: counts what is open, and hears of failures.
         upstream: HTTP to the instances.
+        metrics: take note of the answers' pace and timelines.
         client_timeout_s: longest wait for a client to take a part of its stream.
     """
 
-    def __init__(self, pool: InstancePool, upstream: Upstream, *, client_timeout_s: float) -> None:
+    def __init__(
+        self,
+        pool: InstancePool,
+        upstream: Upstream,
+        metrics: Metrics,
+        *,
+        client_timeout_s: float,
+    ) -> None:
         self._pool = pool
+        self._metrics = metrics
         self._upstream = upstream
         self._client_timeout_s = client_timeout_s
 
@@ -119,6 +132,7 @@ class DecodeLegs:
                 )
             )
             use = stack.enter_context(self._pool.in_use(instance, work))
+            began = time.monotonic()
             try:
                 with _prefilling(instance, local_tokens):
                     answer = await self._upstream.decode(
@@ -138,6 +152,8 @@ class DecodeLegs:
             span.answered(answer.status)
             if answer.status == 200:
                 use.succeeded()
+                if answer.streamed and not is_early:
+                    self._metrics.note_decode_start(time.monotonic() - began)
             return Opened(instance, answer, use, span, stack.pop_all())
 
     async def relay(self, call: Call, opened: Opened, details: PromptDetails) -> web.StreamResponse:
@@ -145,6 +161,7 @@ class DecodeLegs:
         call.record.note_first_bytes()
         answer = opened.answer
         if not answer.streamed:
+            self._metrics.note_timeline(timeline_of(answer.first))
             return plain_answer(call, answer, repaired(answer.first, details))
         call.outcome.code = answer.status
         response = web.StreamResponse(status=answer.status, headers=_headers(call, answer))
@@ -166,8 +183,23 @@ class DecodeLegs:
         self, call: Call, answer: Answer, response: web.StreamResponse, reader: SseReader
     ) -> BaseException | None:
         """Pass bytes on as they come; return why they are not complete, if they are not."""
+        pace = self._metrics.pace()
+        try:
+            return await self._pass_on(call, answer, response, reader, pace)
+        finally:
+            pace.flush()
+
+    async def _pass_on(
+        self,
+        call: Call,
+        answer: Answer,
+        response: web.StreamResponse,
+        reader: SseReader,
+        pace: Pace,
+    ) -> BaseException | None:
         chunk = answer.first
         while chunk:
+            pace.note()
             if passed := reader.feed(chunk):
                 await self._write(call, response, passed)
             if reader.aborted:

@@ -5,18 +5,33 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.core import HistogramMetricFamily
 
+from vllm_pd.config import Role
+from vllm_pd.router.activity import Activity, Tally, Timed
 from vllm_pd.router.instances import InstancePool
+from vllm_pd.router.pace import Pace
+from vllm_pd.router.spread import Spread
+from vllm_pd.router.timeline import Timeline
+from vllm_pd.router.usage import PromptDetails
 
 _QUEUE_BUCKETS = (0.001, 0.01, 0.1, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)  # seconds
 _REQUEST_BUCKETS = (
     *(0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5),
     *(5.0, 10.0, 20.0, 40.0, 80.0, 160.0, 640.0),
 )  # seconds
+_TRANSFER_BUCKETS = (
+    *(0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1),
+    *(0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 40.0),
+)  # seconds
+_TOKEN_BUCKETS = (
+    *(0.001, 0.0025, 0.005, 0.01, 0.02, 0.04, 0.063, 0.08),
+    *(0.1, 0.16, 0.25, 0.5, 1.0, 2.5, 10.0),
+)  # seconds, all of them ``spread.BOUNDS``
 CLIENT_CLOSED = 499
 """nginx's status for a client that left before its answer was complete."""
 
@@ -36,11 +51,37 @@ class Outcome:
     began: float = field(default_factory=time.monotonic)
 
 
+class _Gaps:
+    """The gaps between tokens as a histogram of Prometheus, filled by many at once."""
+
+    def __init__(self) -> None:
+        self.spread = Spread()
+
+    def collect(self) -> Iterable[HistogramMetricFamily]:
+        """Return the histogram as it is now."""
+        counts = self.spread.cumulative(_TOKEN_BUCKETS)
+        buckets = [(str(bound), count) for bound, count in zip(_TOKEN_BUCKETS, counts, strict=True)]
+        yield HistogramMetricFamily(
+            "vllm_pd:router_inter_token_seconds",
+            "Between two parts of a stream as they pass the router.",
+            buckets=[*buckets, ("+Inf", self.spread.num)],
+            sum_value=self.spread.total_s,
+        )
+
+
 class Metrics:
-    """The metrics of one app, in a registry of its own."""
+    """The metrics of one app, in a registry of its own.
+
+    Attributes:
+        activity: the last minutes of them, for the dashboard.
+    """
 
     def __init__(self) -> None:
         self._registry = CollectorRegistry()
+        self.activity = Activity()
+        self._gaps = _Gaps()
+        self._registry.register(self._gaps)
+        self._make_stages()
         self._requests = Counter(
             "vllm_pd:router_requests",
             "Requests to the OpenAI endpoints.",
@@ -52,12 +93,12 @@ class Metrics:
             "Requests to the OpenAI endpoints that are being served.",
             registry=self._registry,
         )
-        self.prefill_retries = Counter(
+        self._prefill_retries = Counter(
             "vllm_pd:router_prefill_retries",
             "Prefill legs sent again, to another prefill instance.",
             registry=self._registry,
         )
-        self.decode_only = Counter(
+        self._decode_only = Counter(
             "vllm_pd:router_decode_only",
             "Requests that the decode instance prefilled by itself.",
             ["reason"],
@@ -67,33 +108,6 @@ class Metrics:
             "vllm_pd:router_early_decodes",
             "Decode legs that were sent before their prefill had ended, and served.",
             registry=self._registry,
-        )
-        self.queue_seconds = Histogram(
-            "vllm_pd:router_queue_seconds",
-            "Wait for a slot of a stage in the router.",
-            ["stage"],
-            registry=self._registry,
-            buckets=_QUEUE_BUCKETS,
-        )
-        self.prefill_seconds = Histogram(
-            "vllm_pd:router_prefill_seconds",
-            "Prefill legs that succeeded, from the request to the answer.",
-            registry=self._registry,
-            buckets=_REQUEST_BUCKETS,
-        )
-        self._first_bytes_seconds = Histogram(
-            "vllm_pd:router_first_bytes_seconds",
-            "From a request's arrival to the first bytes of its answer.",
-            ["path"],
-            registry=self._registry,
-            buckets=_REQUEST_BUCKETS,
-        )
-        self._request_seconds = Histogram(
-            "vllm_pd:router_request_seconds",
-            "From a request's arrival to the end of its answer.",
-            ["path"],
-            registry=self._registry,
-            buckets=_REQUEST_BUCKETS,
         )
         self.access_log_lost = Counter(
             "vllm_pd:router_access_log_lost",
@@ -118,6 +132,54 @@ class Metrics:
             registry=self._registry,
         )
 
+    def _make_stages(self) -> None:
+        """Make the histograms of a request's stages."""
+        self._queue_seconds = Histogram(
+            "vllm_pd:router_queue_seconds",
+            "Wait for a slot of a stage in the router.",
+            ["stage"],
+            registry=self._registry,
+            buckets=_QUEUE_BUCKETS,
+        )
+        self._prefill_seconds = Histogram(
+            "vllm_pd:router_prefill_seconds",
+            "Prefill legs that succeeded, from the request to the answer.",
+            registry=self._registry,
+            buckets=_REQUEST_BUCKETS,
+        )
+        self._first_bytes_seconds = Histogram(
+            "vllm_pd:router_first_bytes_seconds",
+            "From a request's arrival to the first bytes of its answer.",
+            ["path"],
+            registry=self._registry,
+            buckets=_REQUEST_BUCKETS,
+        )
+        self._request_seconds = Histogram(
+            "vllm_pd:router_request_seconds",
+            "From a request's arrival to the end of its answer.",
+            ["path"],
+            registry=self._registry,
+            buckets=_REQUEST_BUCKETS,
+        )
+        self._engine_queue_seconds = Histogram(
+            "vllm_pd:router_decode_queue_seconds",
+            "In the queue of the decode engine until it has blocks, where it tells.",
+            registry=self._registry,
+            buckets=_QUEUE_BUCKETS,
+        )
+        self._handover_seconds = Histogram(
+            "vllm_pd:router_kv_handover_seconds",
+            "Fetching the KV cache, where the decode engine tells.",
+            registry=self._registry,
+            buckets=_TRANSFER_BUCKETS,
+        )
+        self._decode_start_seconds = Histogram(
+            "vllm_pd:router_decode_start_seconds",
+            "From a decode leg, its prefill being over, to the first bytes of its stream.",
+            registry=self._registry,
+            buckets=_REQUEST_BUCKETS,
+        )
+
     @contextlib.contextmanager
     def request(self, endpoint: str) -> Iterator[Outcome]:
         """Count one request, for the time of the context."""
@@ -131,12 +193,73 @@ class Metrics:
         finally:
             self._in_flight.dec()
             self._requests.labels(endpoint, outcome.path, str(outcome.code)).inc()
-            self._request_seconds.labels(outcome.path).observe(time.monotonic() - outcome.began)
+            self._note_end(outcome)
 
-    def note_first_bytes(self, outcome: Outcome) -> None:
+    def note_queue(self, role: Role, seconds: float) -> None:
+        """Take note of a wait for a slot of a stage."""
+        self._queue_seconds.labels(role.value).observe(seconds)
+        is_prefill = role is Role.PREFILL
+        self.activity.time(Timed.PREFILL_QUEUE if is_prefill else Timed.DECODE_QUEUE, seconds)
+
+    def note_prefill(self, seconds: float) -> None:
+        """Take note of a prefill leg that succeeded."""
+        self._prefill_seconds.observe(seconds)
+        self.activity.time(Timed.PREFILL, seconds)
+
+    def note_prompt(self, details: PromptDetails, kv_params: Mapping[str, object]) -> None:
+        """Take note of a prompt that was prefilled, as far as the instance tells of it."""
+        tokens = kv_params.get("remote_num_tokens")
+        if type(tokens) is int:
+            self.activity.count(Tally.PROMPT_TOKENS, "handed_over", tokens)
+        self.activity.count(Tally.PROMPT_TOKENS, "cached", details.get("cached_tokens", 0))
+
+    def note_prefill_retry(self) -> None:
+        """Take note that a prefill leg is sent to another instance."""
+        self._prefill_retries.inc()
+        self.activity.count(Tally.PREFILL_RETRY)
+
+    def note_decode_only(self, reason: str) -> None:
+        """Take note that a decode instance prefills by itself."""
+        self._decode_only.labels(reason).inc()
+        self.activity.count(Tally.DECODE_ONLY, reason)
+
+    def note_decode_start(self, seconds: float) -> None:
+        """Take note of how long a decode instance took to begin a stream."""
+        self._decode_start_seconds.observe(seconds)
+        self.activity.time(Timed.DECODE_START, seconds)
+
+    def note_first_bytes(self, outcome: Outcome, *, streamed: bool) -> None:
         """Take note that an instance has begun to answer a request."""
         since = time.monotonic() - outcome.began
         self._first_bytes_seconds.labels(outcome.path).observe(since)
+        if streamed:
+            self.activity.time(Timed.FIRST_TOKEN, since)
+
+    def note_timeline(self, timeline: Timeline | None) -> None:
+        """Take note of what a decode instance tells of a request, if it does."""
+        if timeline is None:
+            return
+        self._handover_seconds.observe(timeline.handover_s)
+        self.activity.time(Timed.KV_HANDOVER, timeline.handover_s)
+        if timeline.queue_s is not None:
+            self._engine_queue_seconds.observe(timeline.queue_s)
+            self.activity.time(Timed.ENGINE_QUEUE, timeline.queue_s)
+
+    def pace(self) -> Pace:
+        """Return what is to be told of the parts of one stream."""
+        return Pace(self._note_gaps)
+
+    def _note_gaps(self, buckets: list[int], total_s: float) -> None:
+        self._gaps.spread.add(buckets, total_s)
+        self.activity.time_all(Timed.INTER_TOKEN, buckets, total_s)
+
+    def _note_end(self, outcome: Outcome) -> None:
+        seconds = time.monotonic() - outcome.began
+        self._request_seconds.labels(outcome.path).observe(seconds)
+        activity = self.activity
+        activity.time(Timed.REQUEST, seconds)
+        activity.count(Tally.CODE, str(outcome.code))
+        activity.count(Tally.PATH, outcome.path)
 
     def render(self, pool: InstancePool) -> bytes:
         """Return everything in Prometheus' text format."""

@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 
 from vllm_pd.config import Role
 from vllm_pd.errors import ConfigError
-from vllm_pd.protocol.params import pending_prefill_params
+from vllm_pd.protocol.params import is_of_pd_connector, pending_prefill_params
 from vllm_pd.router import body as bodies
 from vllm_pd.router.addresses import control_address
 from vllm_pd.router.call import Call, Job
@@ -156,8 +156,7 @@ def _learn(instance: Instance, kv_params: Mapping[str, Any]) -> None:
     watcher finds out which.
     """
     host, port = kv_params.get("remote_host"), kv_params.get("remote_port")
-    is_ours = isinstance(kv_params.get("remote_prompt_digest"), str)  # not of another connector
-    if not is_ours or (host, port) == instance.control:
+    if not is_of_pd_connector(kv_params) or (host, port) == instance.control:
         return
     try:
         address = control_address(f"{host}:{port}")

@@ -104,7 +104,7 @@ class Proxy:
         self._access = backend.access
         self._prefill_legs = PrefillLegs(backend.pool, backend.upstream)
         self._decode_legs = DecodeLegs(
-            backend.pool, backend.upstream, client_timeout_s=config.client_timeout_s
+            backend.pool, backend.upstream, metrics, client_timeout_s=config.client_timeout_s
         )
         self._metrics = metrics
         self._tracer = tracer
@@ -239,7 +239,7 @@ class Proxy:
             first = None
             instance = self._pool.at(choice.prefill)
             if tried:
-                self._metrics.prefill_retries.inc()
+                self._metrics.note_prefill_retry()
             tried.add(instance.base_url)
             # A new id for each attempt: the instance that failed may still hold blocks.
             transfer_id = secrets.token_hex(16)
@@ -256,7 +256,8 @@ class Proxy:
                 raise
             if isinstance(result, Prefilled):
                 call.record.prefill_s = time.monotonic() - began
-                self._metrics.prefill_seconds.observe(call.record.prefill_s)
+                self._metrics.note_prefill(call.record.prefill_s)
+                self._metrics.note_prompt(result.details, result.kv_params)
             if not isinstance(result, Failed):
                 return result
             early.cancel()  # it waits for this attempt
@@ -297,14 +298,17 @@ class Proxy:
             return await self._fall_back(call, job, result.reason)
         call.outcome.path = PATH_DISAGGREGATED
         try:
+            began = time.monotonic()
             opened = await early.take(result)
             if opened is not None and opened.answer.status >= 500:
                 opened.close()  # perhaps another one does better
             elif opened is not None:
                 self._metrics.early_decodes.inc()
+                if opened.answer.streamed:
+                    self._metrics.note_decode_start(time.monotonic() - began)
                 self._note_refusal(opened, result)
                 with opened:
-                    self._metrics.note_first_bytes(call.outcome)
+                    self._metrics.note_first_bytes(call.outcome, streamed=opened.answer.streamed)
                     return await self._decode_legs.relay(call, opened, result.details)
             return await self._decode(
                 call, job.leg(result.kv_params), _work(job), job=job, prefilled=result
@@ -380,7 +384,7 @@ class Proxy:
                 if is_first and self._choose_decode(job, producer, tried) is not None:
                     continue
                 self._note_refusal(opened, prefilled)
-                self._metrics.note_first_bytes(call.outcome)
+                self._metrics.note_first_bytes(call.outcome, streamed=opened.answer.streamed)
                 return await self._decode_legs.relay(call, opened, details)
         if prefilled is not None:
             self._release(prefilled.instance, str(prefilled.kv_params.get("transfer_id")))
@@ -398,7 +402,7 @@ class Proxy:
             async with stage.slot(name, priority=priority, cost=num_tokens) as waited_s:
                 waiting.end()
                 call.record.waited(waited_s)
-                self._metrics.queue_seconds.labels(role.value).observe(waited_s)
+                self._metrics.note_queue(role, waited_s)
                 yield waited_s > 0
 
     def _choose_pair(self, job: Job, *, tried: set[str]) -> Pair | None:
@@ -439,7 +443,7 @@ class Proxy:
 
     def _note_decode_only(self, call: Call, reason: str) -> None:
         call.outcome.path = PATH_DECODE_ONLY
-        self._metrics.decode_only.labels(reason).inc()
+        self._metrics.note_decode_only(reason)
 
 
 class _Early:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
+from typing import Any
 
 from vllm_pd.router.body import KV_PARAMS
 
@@ -65,6 +66,15 @@ def repaired(data: bytes, details: PromptDetails) -> bytes:
     return data
 
 
+def kv_params_in(answer: bytes) -> dict[str, Any] | None:
+    """Return the KV transfer params of a whole answer, None if it has none.
+
+    What is not in ASCII there comes out wrong.
+    """
+    found = _find_kv_params(answer) if _KV_PARAMS_KEY in answer else None
+    return None if found is None else found[2]
+
+
 def _with_counts(found: re.Match[bytes], details: PromptDetails) -> bytes:
     def right(count: re.Match[bytes]) -> bytes:
         value = details.get(count[1].decode())
@@ -74,14 +84,22 @@ def _with_counts(found: re.Match[bytes], details: PromptDetails) -> bytes:
 
 
 def _without_kv_params(data: bytes) -> bytes:
+    if (found := _find_kv_params(data)) is None:
+        return data
+    start, end, _ = found
+    return data[:start] + b"null" + data[end:]
+
+
+def _find_kv_params(data: bytes) -> tuple[int, int, dict[str, Any]] | None:
+    """Return where the params are, from their brace to behind it, and what they are."""
     # The last, since a client's tools, which responses echo, may use the name, too.
     start = data.rfind(_KV_PARAMS_KEY) + len(_KV_PARAMS_KEY)
     text = data[start:].decode("latin-1")  # one character for each byte
     colon = _COLON.match(text)
     if colon is None or not text.startswith("{", colon.end()):
-        return data
+        return None
     try:
-        _, end = _decoder.raw_decode(text, colon.end())
+        params, end = _decoder.raw_decode(text, colon.end())
     except (ValueError, RecursionError):
-        return data  # what is no JSON cannot be read by the client, either
-    return data[: start + colon.end()] + b"null" + data[start + end :]
+        return None  # what is no JSON cannot be read by the client, either
+    return start + colon.end(), start + end, params

@@ -22,9 +22,23 @@ def fetched(request_id: str = "r1", **changes: Any) -> FetchRecord:
     return FetchRecord(request_id=request_id, **{**facts, **changes})
 
 
+class Clock:
+    """Time that passes when told to."""
+
+    now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
 @pytest.fixture
-def timelines() -> Timelines:
-    timelines = Timelines()
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def timelines(clock: Clock) -> Timelines:
+    timelines = Timelines(clock)
     timelines.expect("r1")
     return timelines
 
@@ -58,6 +72,26 @@ def test_request_that_asked_gets_its_fetch_in_microseconds(timelines: Timelines)
             "transport": "shm",
         }
     }
+
+
+def test_request_is_told_how_long_it_was_queued_until_it_had_blocks(
+    timelines: Timelines, clock: Clock
+) -> None:
+    timelines.note_arrival("r2")
+    clock.now += 0.25
+    timelines.expect("r2")
+    clock.now += 1.0
+    timelines.add([fetched("r2")])
+    params = timelines.take("r2")
+    assert params is not None
+    assert params["timeline"]["engine_queue_s"] == 0.25
+
+
+def test_nothing_is_remembered_of_a_request_that_left_the_queue(timelines: Timelines) -> None:
+    timelines.note_arrival("r2")
+    timelines.take("r2")
+    timelines.take("r1")
+    assert len(timelines) == 0
 
 
 def test_request_that_did_not_ask_gets_nothing(timelines: Timelines) -> None:

@@ -1,0 +1,81 @@
+"""How durations are spread: counts by bucket, fine enough for percentiles. Pure."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Iterable, Sequence
+
+_STEPS = (
+    *(1.0, 1.12, 1.25, 1.4, 1.6, 1.8, 2.0, 2.25, 2.5, 2.8),
+    *(3.15, 3.55, 4.0, 4.5, 5.0, 5.6, 6.3, 7.1, 8.0, 9.0),
+)
+
+# Read from text, so that they are the very numbers that a literal such as 0.025 gives.
+BOUNDS: Sequence[float] = tuple(
+    float(f"{step}e{exponent}") for exponent in range(-5, 3) for step in _STEPS
+)
+"""Upper bounds of the buckets in seconds, 10 µs to 900 s; neighbours differ by an eighth."""
+
+
+def bucket_of(seconds: float) -> int:
+    """Return the index of the bucket; the last one has no upper bound."""
+    return bisect_left(BOUNDS, seconds)
+
+
+class Spread:
+    """Durations, by bucket.
+
+    Attributes:
+        num: how many there are.
+        total_s: their sum.
+    """
+
+    __slots__ = ("_counts", "num", "total_s")
+
+    def __init__(self) -> None:
+        self._counts = [0] * (len(BOUNDS) + 1)
+        self.num = 0
+        self.total_s = 0.0
+
+    def add(self, buckets: Iterable[int], total_s: float) -> None:
+        """Count durations, given by ``bucket_of``, and their sum."""
+        counts, num = self._counts, 0
+        for bucket in buckets:
+            counts[bucket] += 1
+            num += 1
+        self.num += num
+        self.total_s += total_s
+
+    def merge(self, other: Spread) -> None:
+        """Count all durations of another one, too."""
+        self._counts = [
+            ours + theirs for ours, theirs in zip(self._counts, other._counts, strict=True)
+        ]
+        self.num += other.num
+        self.total_s += other.total_s
+
+    def quantile(self, share: float) -> float | None:
+        """Return the duration that ``share`` of all do not exceed, in seconds; None of none.
+
+        Inside a bucket, durations are taken to be spread evenly. Of those beyond the last
+        bound nothing is known but that.
+        """
+        if not self.num:
+            return None
+        rank, seen = share * self.num, 0
+        for bucket, count in enumerate(self._counts[:-1]):
+            if count and seen + count >= rank:
+                lower = BOUNDS[bucket - 1] if bucket else 0.0
+                return lower + (BOUNDS[bucket] - lower) * (rank - seen) / count
+            seen += count
+        return BOUNDS[-1]
+
+    def cumulative(self, bounds: Sequence[float]) -> list[int]:
+        """Return how many do not exceed each of some ``BOUNDS``, which must ascend."""
+        found, seen, start = [], 0, 0
+        for bound in bounds:
+            end = bucket_of(bound) + 1
+            seen += sum(self._counts[start:end])
+            found.append(seen)
+            start = end
+        return found
