@@ -80,6 +80,11 @@ class Activity:
         """Seconds since it began to count."""
         return self._clock() - self.began
 
+    def span_s(self, num_slices: int) -> float:
+        """Return how much time the last slices cover so far, in seconds; at least one."""
+        whole = (num_slices - 1) * SLICE_S
+        return max(1.0, min(self.age_s, whole + self._clock() % SLICE_S))
+
     def time(self, what: Timed, seconds: float) -> None:
         """Take note of one duration."""
         self.time_all(what, (bucket_of(seconds),), seconds)

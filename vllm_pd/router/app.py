@@ -24,6 +24,7 @@ from vllm_pd.router.admin import Admin, AdminKey
 from vllm_pd.router.admission import Stage
 from vllm_pd.router.affinity import AffinityIndex
 from vllm_pd.router.api_keys import Access
+from vllm_pd.router.dashboard import Dashboard, Sources
 from vllm_pd.router.describe import ControlLink
 from vllm_pd.router.health import HealthLimits
 from vllm_pd.router.instances import InstancePool
@@ -49,6 +50,7 @@ NEWCOMERS = web.AppKey("newcomers", Newcomers)
 POOL = web.AppKey("pool", InstancePool)
 PROXY = web.AppKey("proxy", Proxy)
 RNG = web.AppKey("rng", random.Random)
+STAGES = web.AppKey("stages", dict[Role, Stage])
 
 _BACKLOG = 2048
 """Connections that may wait to be accepted; aiohttp's default is less than clients in a burst."""
@@ -98,6 +100,7 @@ def create_app(config: RouterConfig, *, rng: random.Random | None = None) -> web
             web.get("/metrics", _metrics, allow_head=False),
         ]
     )
+    app.add_routes(Dashboard(_dashboard_sources).routes())
     if config.admin_key_file is not None:
         key = AdminKey.read(Path(config.admin_key_file))
         app.add_routes(Admin(key, lambda request: request.app[POOL]).routes())
@@ -252,6 +255,7 @@ async def _resources(app: web.Application) -> AsyncIterator[None]:
         }
         backend = Backend(pool, upstream, control, index, stages, app[ACCESS], app[RNG])
         app[POOL] = pool
+        app[STAGES] = stages
         app[PROXY] = Proxy(backend, app[METRICS], config, tracer)
         file = None
         if config.instances_file is not None:
@@ -344,6 +348,11 @@ async def _ready(request: web.Request) -> web.Response:
         for one in pool
     ]
     return web.json_response({"ready": ready, "instances": instances}, status=200 if ready else 503)
+
+
+def _dashboard_sources(request: web.Request) -> Sources:
+    app = request.app
+    return Sources(app[POOL], app[METRICS], app[STAGES])
 
 
 async def _metrics(request: web.Request) -> web.Response:

@@ -38,6 +38,10 @@ class Instance:
         fingerprint: equal for instances that can exchange KV cache; None: unknown.
         heard: another address of a control endpoint, by an answer of the instance; None: no.
         several_engines: whether its prefills were found at another engine than ``engine_id``.
+        model_name: by its metrics; ``""`` if they do not tell.
+        num_failed: requests that broke there.
+        last_failure: how the last of them did, in one line; ``""``: none did.
+        failed_at: when that was, on the monotonic clock.
         ledger: what the router has open there, and its load by its own metrics.
         probed: set once the first probe has been answered or failed.
         probe_now: set when the next probe must not wait.
@@ -55,6 +59,10 @@ class Instance:
     fingerprint: str | None = None
     heard: Address | None = None
     several_engines: bool = False
+    model_name: str = ""
+    num_failed: int = 0
+    last_failure: str = ""
+    failed_at: float | None = None
     ledger: Ledger = field(default_factory=Ledger)
     probed: asyncio.Event = field(default_factory=asyncio.Event)
     probe_now: asyncio.Event = field(default_factory=asyncio.Event)
@@ -78,6 +86,11 @@ class Instance:
         if self.probes.health is Health.STARTING:
             return State.STARTING
         return State.HEALTHY if self.healthy else State.UNHEALTHY
+
+    def note_failure(self, cause: BaseException, now: float) -> None:
+        """Remember how a request broke there, for people."""
+        self.num_failed += 1
+        self.last_failure, self.failed_at = describe(cause), now
 
     def view(self, role: Role, now: float) -> InstanceView:
         """Return the instance as it is now, in one of its roles."""

@@ -61,7 +61,9 @@ class Use:
 
     def failed(self, cause: BaseException) -> None:
         """The instance is gone, broke off or was too slow: its next probe decides."""
-        self._breaker.fail(self._ticket, self._clock())
+        now = self._clock()
+        self._breaker.fail(self._ticket, now)
+        self._instance.note_failure(cause, now)
         self._pool.mark_unhealthy(self._instance, cause)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -12,6 +13,8 @@ import msgspec
 _RUNNING = "vllm:num_requests_running"
 _WAITING = "vllm:num_requests_waiting"
 _KV_USAGE = "vllm:kv_cache_usage_perc"
+_MODEL_LABEL = re.compile(r'[{,]model_name="((?:[^"\\]|\\.)*)"')
+_ESCAPE = re.compile(r"\\(.)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,6 +145,15 @@ def parse_load(text: str) -> Load | None:
         return Load(int(sum(running)), int(sum(waiting)), max(kv_usage))
     except (ValueError, IndexError, OverflowError):
         return None
+
+
+def model_name_of(text: str) -> str:
+    """Return the model that an instance's ``/metrics`` name; ``""`` if they name none."""
+    start = text.find(f"\n{_RUNNING}{{") + 1
+    found = _MODEL_LABEL.search(text[start : text.find("\n", start)]) if start else None
+    if found is None:
+        return ""
+    return _ESCAPE.sub(lambda escape: "\n" if escape[1] == "n" else escape[1], found[1])
 
 
 def _values(text: str, name: str) -> list[float]:

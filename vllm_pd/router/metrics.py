@@ -74,11 +74,13 @@ class Metrics:
 
     Attributes:
         activity: the last minutes of them, for the dashboard.
+        num_in_flight: requests that are being served.
     """
 
     def __init__(self) -> None:
         self._registry = CollectorRegistry()
         self.activity = Activity()
+        self.num_in_flight = 0
         self._gaps = _Gaps()
         self._registry.register(self._gaps)
         self._make_stages()
@@ -184,14 +186,14 @@ class Metrics:
     def request(self, endpoint: str) -> Iterator[Outcome]:
         """Count one request, for the time of the context."""
         outcome = Outcome()
-        self._in_flight.inc()
+        self.num_in_flight += 1
         try:
             yield outcome
         except (asyncio.CancelledError, ConnectionResetError):
             outcome.code = CLIENT_CLOSED
             raise
         finally:
-            self._in_flight.dec()
+            self.num_in_flight -= 1
             self._requests.labels(endpoint, outcome.path, str(outcome.code)).inc()
             self._note_end(outcome)
 
@@ -264,6 +266,7 @@ class Metrics:
     def render(self, pool: InstancePool) -> bytes:
         """Return everything in Prometheus' text format."""
         self._tasks.set(len(asyncio.all_tasks()))
+        self._in_flight.set(self.num_in_flight)
         self._instance_up.clear()  # of those that are not there any more, too
         self._instance_in_flight.clear()
         for instance in pool:

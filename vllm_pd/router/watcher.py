@@ -19,7 +19,7 @@ from vllm_pd.router.addresses import Address
 from vllm_pd.router.describe import fingerprint_key
 from vllm_pd.router.health import Health
 from vllm_pd.router.instance import Instance, describe
-from vllm_pd.router.loads import parse_load
+from vllm_pd.router.loads import model_name_of, parse_load
 
 logger = logging.getLogger(__name__)
 
@@ -170,6 +170,8 @@ class Watcher:
             text = await sources.scrape(instance.base_url)
             load = parse_load(text) if text is not None else None
             instance.ledger.note_scrape(load, num_own_before=num_own_before)
+            if text is not None:
+                instance.model_name = model_name_of(text) or instance.model_name
 
     async def _describe(self) -> None:
         """Find out which engine runs there; keep what is known if it does not say."""
