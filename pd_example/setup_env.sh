@@ -3,7 +3,7 @@
 #
 #   source pd_example/setup_env.sh
 #   setup_env           # sets PD_PYTHON and VLLM_PD (an array: the command)
-#   setup_env --test    # with what tests/run.sh needs, too: tools, the oldest vLLM, NIXL
+#   setup_env --test    # with what tests/run.sh needs, too: tools, the oldest vLLM, NIXL, chromium
 #   find_env            # the same without installing anything; fails where there is none
 #
 # Environment variables:
@@ -239,6 +239,25 @@ pd_setup_nixl() {
   pd_unlock
 }
 
+pd_install_chromium() {
+  local install=(apt-get install -y --no-install-recommends -o DPkg::Lock::Timeout=120 chromium)
+  export DEBIAN_FRONTEND=noninteractive
+  "${install[@]}" || { apt-get update && "${install[@]}"; }
+}
+
+# A browser for the tests of the dashboard; they are skipped without one, but where CI=true.
+pd_setup_browser() {
+  command -v chromium >/dev/null && return
+  if ((EUID)) || ! command -v apt-get >/dev/null; then
+    echo "no chromium here, so the dashboard is not tested: apt-get install chromium"
+    return
+  fi
+  pd_lock
+  pd_step "installing chromium, for the tests of the dashboard" pd_install_chromium ||
+    echo "chromium could not be installed, so the dashboard is not tested; see $PD_LOG"
+  pd_unlock
+}
+
 # The image's Python has the engine; add this project, and what it imports if it is missing.
 pd_setup_npu() {
   PD_PYTHON=$(command -v "${PYTHON:-python3}")
@@ -285,6 +304,7 @@ setup_env() {
       pd_setup_test_tools
       pd_setup_vllm_0_23
       pd_setup_nixl
+      pd_setup_browser
     fi
   fi
   find_env || pd_fail "$PD_PYTHON cannot import vllm_pd; remove $PD_VENV and start again"

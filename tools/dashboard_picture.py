@@ -49,7 +49,7 @@ class StandIn:
     async def start(self, stack: contextlib.AsyncExitStack) -> None:
         """Listen until the stack ends."""
         app = web.Application()
-        app.router.add_get("/health", lambda _: web.Response())
+        app.router.add_get("/health", self._health)
         app.router.add_get("/metrics", self._metrics)
         app.router.add_post("/v1/chat/completions", self._answer)
         runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1)
@@ -58,6 +58,9 @@ class StandIn:
         await web.TCPSite(runner, "127.0.0.1", 0).start()
         self.url = "http://{}:{}".format(*runner.addresses[0][:2])
         self._base = _DICE.uniform(0.15, 0.8)
+
+    async def _health(self, _request: web.Request) -> web.Response:
+        return web.Response()
 
     async def _metrics(self, _request: web.Request) -> web.Response:
         usage = min(1.0, self._base + 0.02 * self.num_running + _DICE.uniform(0, 0.03))
@@ -149,7 +152,8 @@ async def send_requests(url: str) -> None:
 
 
 async def _send(session: aiohttp.ClientSession, url: str) -> None:
-    body = {"model": MODEL, "messages": [{"role": "user", "content": "word " * 500}]}
+    message = {"role": "user", "content": "word " * 500}
+    body: dict[str, Any] = {"model": MODEL, "messages": [message]}
     fate = _DICE.random()
     if fate < 0.03:
         body["n"] = 2
@@ -192,7 +196,8 @@ async def take(options: argparse.Namespace, profile: Path) -> bytes:
 def _write(png: bytes, file: Path) -> None:
     """Write a picture with few colours, as it goes into the repository."""
     with Image.open(io.BytesIO(png)) as picture:
-        picture.convert("RGB").quantize(128, dither=Image.Dither.NONE).save(file, optimize=True)
+        small = picture.convert("RGB").quantize(256, Image.Quantize.MAXCOVERAGE)
+        small.save(file, optimize=True)
 
 
 def main() -> None:

@@ -352,7 +352,8 @@ async def _ready(request: web.Request) -> web.Response:
 
 def _dashboard_sources(request: web.Request) -> Sources:
     app = request.app
-    return Sources(app[POOL], app[METRICS], app[STAGES])
+    stages = app[STAGES]
+    return Sources(app[POOL], app[METRICS], stages)
 
 
 async def _metrics(request: web.Request) -> web.Response:

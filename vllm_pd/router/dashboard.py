@@ -26,6 +26,7 @@ from vllm_pd.config import Role
 from vllm_pd.router import policy
 from vllm_pd.router.activity import SLICE_S, WINDOW_S, Slice, Tally, Timed
 from vllm_pd.router.admission import Stage
+from vllm_pd.router.headers import PATH_DECODE_ONLY, PATH_DISAGGREGATED
 from vllm_pd.router.instance import Instance
 from vllm_pd.router.instances import InstancePool
 from vllm_pd.router.metrics import Metrics
@@ -131,6 +132,7 @@ def _requests(metrics: Metrics, slices: Sequence[Slice]) -> dict[str, Any]:
         "per_s": latest / metrics.activity.span_s(_NUM_RATE_SLICES),
         "series": [one.total(Tally.CODE) for one in slices],
         "error_series": [_num_errors(one.counts) for one in slices],
+        "disaggregated_series": [_share_disaggregated(one.counts) for one in slices],
         "num_errors": _num_errors(counts),
         **{tally.value: _labels(counts, tally) for tally in Tally},
     }
@@ -141,6 +143,12 @@ def _num_errors(counts: Mapping[tuple[Tally, str], int]) -> int:
     return sum(
         num for (what, label), num in counts.items() if what is Tally.CODE and label >= "500"
     )
+
+
+def _share_disaggregated(counts: Mapping[tuple[Tally, str], int]) -> float | None:
+    disaggregated = counts.get((Tally.PATH, PATH_DISAGGREGATED), 0)
+    num = disaggregated + counts.get((Tally.PATH, PATH_DECODE_ONLY), 0)
+    return disaggregated / num if num else None
 
 
 def _labels(counts: Counter[tuple[Tally, str]], tally: Tally) -> dict[str, int]:

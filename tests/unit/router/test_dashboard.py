@@ -74,6 +74,7 @@ async def test_requests_are_counted_by_status_and_path(router: Client) -> None:
     assert requests["path"] == {"disaggregated": 1}
     assert requests["num_errors"] == requests["in_flight"] == 0
     assert sum(requests["series"]) == 1
+    assert [one for one in requests["disaggregated_series"] if one is not None] == [1.0]
     assert requests["per_s"] > 0
 
 
