@@ -196,7 +196,7 @@ async def take(options: argparse.Namespace, profile: Path) -> bytes:
 def _write(png: bytes, file: Path) -> None:
     """Write a picture with few colours, as it goes into the repository."""
     with Image.open(io.BytesIO(png)) as picture:
-        small = picture.convert("RGB").quantize(256, Image.Quantize.MAXCOVERAGE)
+        small = picture.convert("RGB").quantize(256, Image.Quantize.MAXCOVERAGE, kmeans=3)
         small.save(file, optimize=True)
 
 
@@ -206,7 +206,7 @@ def main() -> None:
     parser.add_argument("file", type=Path, help="PNG to write")
     parser.add_argument("--instances", type=int, default=8, help="how many there are [8]")
     parser.add_argument("--width", type=int, default=1280, help="of the window in pixels [1280]")
-    parser.add_argument("--seconds", type=float, default=100.0, help="how long they work [100]")
+    parser.add_argument("--seconds", type=float, default=150.0, help="how long they work [150]")
     parser.add_argument("--dark", action="store_true", help="as for who prefers dark colours")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="dashboard-", ignore_cleanup_errors=True) as profile:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import enum
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 
 from vllm_pd.router.spread import Spread, bucket_of
@@ -20,7 +20,7 @@ WINDOW_S = SLICE_S * NUM_SLICES
 """How far back it remembers, in seconds."""
 
 
-class Timed(enum.Enum):
+class Timed(enum.StrEnum):
     """What is timed of a request, in the order in which it happens."""
 
     DECODE_QUEUE = "decode_slot"  # wait for a slot of the stage, in the router
@@ -34,7 +34,7 @@ class Timed(enum.Enum):
     REQUEST = "request"
 
 
-class Tally(enum.Enum):
+class Tally(enum.StrEnum):
     """What is counted. Most of it by a label, such as the status."""
 
     CODE = "code"
@@ -89,7 +89,7 @@ class Activity:
         """Take note of one duration."""
         self.time_all(what, (bucket_of(seconds),), seconds)
 
-    def time_all(self, what: Timed, buckets: Iterable[int], total_s: float) -> None:
+    def time_all(self, what: Timed, buckets: Collection[int], total_s: float) -> None:
         """Take note of many durations, given by their buckets, and of their sum."""
         spreads = self._now().spreads
         spread = spreads.get(what)

@@ -11,6 +11,7 @@ import random
 import resource
 import signal
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from functools import partial
 from http import HTTPStatus
 from pathlib import Path
 
@@ -20,12 +21,14 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from vllm_pd.config import Role, RouterConfig
 from vllm_pd.errors import ConfigError
 from vllm_pd.router import heap, policy
+from vllm_pd.router.activity import Timed
 from vllm_pd.router.admin import Admin, AdminKey
 from vllm_pd.router.admission import Stage
 from vllm_pd.router.affinity import AffinityIndex
 from vllm_pd.router.api_keys import Access
 from vllm_pd.router.dashboard import Dashboard, Sources
 from vllm_pd.router.describe import ControlLink
+from vllm_pd.router.handovers import HandoverWatch
 from vllm_pd.router.health import HealthLimits
 from vllm_pd.router.instances import InstancePool
 from vllm_pd.router.instances_file import InstancesFile
@@ -229,6 +232,8 @@ async def _resources(app: web.Application) -> AsyncIterator[None]:
             stack.push_async_callback(tracer.close)
         probes = await stack.enter_async_context(Probes(connect_timeout_s=config.connect_timeout_s))
         upstream = await stack.enter_async_context(Upstream(config))
+        note = partial(app[METRICS].activity.time_all, Timed.KV_HANDOVER)
+        handovers = HandoverWatch(probes.metrics_text, note)
         control = ControlLink(config.cluster_key_file)
         stack.callback(control.close)
         pool = InstancePool(
@@ -236,7 +241,7 @@ async def _resources(app: web.Application) -> AsyncIterator[None]:
             config.decode_urls,
             probe=probes.is_healthy,
             health_interval_s=config.health_interval_s,
-            scrape=probes.metrics_text,
+            scrape=handovers.scrape,
             control=control,
             limits=_limits(config),
         )
@@ -244,6 +249,7 @@ async def _resources(app: web.Application) -> AsyncIterator[None]:
             pool.add(spec)
         index = AffinityIndex()
         pool.subscribe(lambda instance: index.forget(instance.base_url))
+        pool.subscribe(lambda instance: handovers.forget(instance.base_url))
         stages = {
             role: Stage(
                 role.value,

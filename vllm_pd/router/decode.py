@@ -197,9 +197,9 @@ class DecodeLegs:
         reader: SseReader,
         pace: Pace,
     ) -> BaseException | None:
-        chunk = answer.first
+        chunk, note = answer.first, pace.note
         while chunk:
-            pace.note()
+            note()
             if passed := reader.feed(chunk):
                 await self._write(call, response, passed)
             if reader.aborted:

@@ -238,11 +238,13 @@ class Metrics:
             self.activity.time(Timed.FIRST_TOKEN, since)
 
     def note_timeline(self, timeline: Timeline | None) -> None:
-        """Take note of what a decode instance tells of a request, if it does."""
+        """Take note of what a decode instance tells of a request, if it does.
+
+        ``activity`` has the hand-over from elsewhere, with those of streams.
+        """
         if timeline is None:
             return
         self._handover_seconds.observe(timeline.handover_s)
-        self.activity.time(Timed.KV_HANDOVER, timeline.handover_s)
         if timeline.queue_s is not None:
             self._engine_queue_seconds.observe(timeline.queue_s)
             self.activity.time(Timed.ENGINE_QUEUE, timeline.queue_s)

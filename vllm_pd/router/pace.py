@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from itertools import pairwise
 from typing import Protocol
 
-from vllm_pd.router.spread import bucket_of
+from vllm_pd.router.spread import buckets_between
 
 _MAX_KEPT = 64
 """Times that are kept before their gaps are counted: thousands of streams keep them."""
@@ -51,6 +50,6 @@ class Pace:
         """Count the gaps so far, but for that before the last part: it may be the end."""
         times = self._times[self._first : -1]
         if len(times) > 1:
-            self._count([bucket_of(b - a) for a, b in pairwise(times)], times[-1] - times[0])
+            self._count(buckets_between(times), times[-1] - times[0])
             self._times = self._times[-2:]
             self._first = 0

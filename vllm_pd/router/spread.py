@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Sequence
+from itertools import pairwise
 
 _STEPS = (
     *(1.0, 1.12, 1.25, 1.4, 1.6, 1.8, 2.0, 2.25, 2.5, 2.8),
@@ -14,12 +15,18 @@ _STEPS = (
 BOUNDS: Sequence[float] = tuple(
     float(f"{step}e{exponent}") for exponent in range(-5, 3) for step in _STEPS
 )
-"""Upper bounds of the buckets in seconds, 10 µs to 900 s; neighbours differ by an eighth."""
+"""Upper bounds of the buckets in seconds, 10 µs to 900 s; neighbours are about an eighth apart."""
 
 
 def bucket_of(seconds: float) -> int:
     """Return the index of the bucket; the last one has no upper bound."""
     return bisect_left(BOUNDS, seconds)
+
+
+def buckets_between(times: Sequence[float]) -> list[int]:
+    """Return the buckets of the durations from one time to the next."""
+    find, bounds = bisect_left, BOUNDS  # this is done for every part of every stream
+    return [find(bounds, later - earlier) for earlier, later in pairwise(times)]
 
 
 class Spread:
@@ -37,13 +44,12 @@ class Spread:
         self.num = 0
         self.total_s = 0.0
 
-    def add(self, buckets: Iterable[int], total_s: float) -> None:
+    def add(self, buckets: Collection[int], total_s: float) -> None:
         """Count durations, given by ``bucket_of``, and their sum."""
-        counts, num = self._counts, 0
+        counts = self._counts
         for bucket in buckets:
             counts[bucket] += 1
-            num += 1
-        self.num += num
+        self.num += len(buckets)
         self.total_s += total_s
 
     def merge(self, other: Spread) -> None:

@@ -13,7 +13,7 @@ DURATIONS = st.lists(st.floats(min_value=1e-5, max_value=899.0), min_size=1)
 
 def spread_of(*seconds: float) -> Spread:
     spread = Spread()
-    spread.add(map(bucket_of, seconds), math.fsum(seconds))
+    spread.add([bucket_of(one) for one in seconds], math.fsum(seconds))
     return spread
 
 
@@ -26,7 +26,7 @@ def test_percentiles_are_right_within_a_bucket(seconds: list[float], share: floa
     found = spread_of(*seconds).quantile(share)
     exact = sorted(seconds)[math.ceil(share * len(seconds)) - 1]
     assert found is not None
-    assert exact / 1.13 <= found <= exact * 1.13 or bucket_of(found) == bucket_of(exact) == 0
+    assert exact / 1.15 <= found <= exact * 1.15 or bucket_of(found) == bucket_of(exact) == 0
 
 
 def test_a_bound_belongs_to_the_bucket_below_it() -> None:
