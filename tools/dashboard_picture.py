@@ -28,6 +28,7 @@ sys.path.insert(0, str(REPO))  # this is a program, not an installed package
 import aiohttp  # noqa: E402
 from aiohttp import web  # noqa: E402
 from PIL import Image  # noqa: E402
+from prometheus_client import CollectorRegistry, Histogram, generate_latest  # noqa: E402
 
 from tests.browser import chromium  # noqa: E402
 from tests.ports import free_ports  # noqa: E402
@@ -35,6 +36,7 @@ from tests.ports import free_ports  # noqa: E402
 MODEL = "Qwen/Qwen2.5-7B-Instruct"
 REQUESTS_PER_S = 12.0
 MAX_OPEN = 200
+_FETCH_BUCKETS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 1.0)  # seconds
 _DICE = random.Random(4)
 
 
@@ -58,6 +60,9 @@ class StandIn:
         await web.TCPSite(runner, "127.0.0.1", 0).start()
         self.url = "http://{}:{}".format(*runner.addresses[0][:2])
         self._base = _DICE.uniform(0.15, 0.8)
+        self._registry = CollectorRegistry()
+        name = "vllm_pd:kv_fetch_seconds"
+        self._fetches = Histogram(name, name, registry=self._registry, buckets=_FETCH_BUCKETS)
 
     async def _health(self, _request: web.Request) -> web.Response:
         return web.Response()
@@ -71,7 +76,8 @@ class StandIn:
         }
         labels = f'{{engine="0",model_name="{MODEL}"}}'
         lines = [f"vllm:{name}{labels} {value}" for name, value in values.items()]
-        return web.Response(text="\n".join(["# metrics", *lines, ""]))
+        fetches = generate_latest(self._registry).decode()
+        return web.Response(text="\n".join(["# metrics", *lines, fetches]))
 
     async def _answer(self, request: web.Request) -> web.StreamResponse:
         body = await request.json()
@@ -101,6 +107,7 @@ class StandIn:
     async def _decode(self, request: web.Request, body: dict[str, Any]) -> web.StreamResponse:
         queue_s, fetch_s = _DICE.lognormvariate(-6.5, 0.8), _DICE.lognormvariate(-5, 0.4)
         await asyncio.sleep(queue_s + fetch_s + 0.02)
+        self._fetches.observe(fetch_s)
         if not body.get("stream"):
             await asyncio.sleep(0.4)
             told = {"outcome": "ok", "total_s": fetch_s, "engine_queue_s": queue_s}

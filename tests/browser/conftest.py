@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 from pathlib import Path
 
@@ -10,15 +9,9 @@ import pytest
 from tests.browser import chromium
 
 # As the tests of the router do, in front of the same fake instances.
-from tests.unit.router.conftest import start_instance, start_router
+from tests.unit.router.conftest import stack, start_instance, start_router
 
-__all__ = ["start_instance", "start_router"]
-
-
-@pytest.fixture
-async def stack() -> AsyncIterator[AsyncExitStack]:
-    async with AsyncExitStack() as stack:
-        yield stack
+__all__ = ["stack", "start_instance", "start_router"]
 
 
 @pytest.fixture

@@ -187,7 +187,8 @@ class DecodeLegs:
         try:
             return await self._pass_on(call, answer, response, reader, pace)
         finally:
-            pace.flush()
+            if pace is not None:
+                pace.flush()
 
     async def _pass_on(
         self,
@@ -195,11 +196,12 @@ class DecodeLegs:
         answer: Answer,
         response: web.StreamResponse,
         reader: SseReader,
-        pace: Pace,
+        pace: Pace | None,
     ) -> BaseException | None:
-        chunk, note = answer.first, pace.note
+        chunk = answer.first
         while chunk:
-            note()
+            if pace is not None:
+                pace.note()
             if passed := reader.feed(chunk):
                 await self._write(call, response, passed)
             if reader.aborted:

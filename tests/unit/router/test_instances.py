@@ -300,3 +300,13 @@ async def test_a_removed_instance_is_probed_no_more() -> None:
             probe.asked.get_nowait()
 
         assert {await probe.asked.get() for _ in range(3)} == {P1}
+
+
+async def test_it_is_remembered_how_a_request_broke() -> None:
+    pool = InstancePool((), (D1,), probe=FakeProbe(), health_interval_s=1.0, clock=lambda: 7.0)
+    instance = the(pool, D1)
+    assert (instance.num_failed, instance.last_failure) == (0, "")
+    with pool.in_use(instance) as use:
+        use.failed(ConnectionResetError("gone"))
+    assert (instance.num_failed, instance.failed_at) == (1, 7.0)
+    assert instance.last_failure == "ConnectionResetError: gone"

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry, Gauge, generate_latest
 
-from vllm_pd.router.loads import Ledger, Load, Scrape, Work, parse_load
+from vllm_pd.router.loads import Ledger, Load, Scrape, Work, model_name_of, parse_load
 
 PAGE = """\
 # HELP vllm:num_requests_running Number of requests in model execution batches.
@@ -26,6 +26,23 @@ def page(*, running: str = "1.0", waiting: str = "0.0", kv_usage: str = "0.5") -
         f"vllm:num_requests_waiting {waiting}\n"
         f"vllm:kv_cache_usage_perc {kv_usage}\n"
     )
+
+
+def page_of_model(name: str) -> str:
+    registry = CollectorRegistry()
+    running = Gauge("vllm:num_requests_running", "", ["engine", "model_name"], registry=registry)
+    running.labels("0", name).set(1)
+    return generate_latest(registry).decode()
+
+
+@pytest.mark.parametrize("name", ["some/model", 'a"b', "a\\nb", "a\nb", 'x",model_name="y', "模型"])
+def test_the_model_is_read_whatever_it_is_called(name: str) -> None:
+    assert model_name_of(page_of_model(name)) == name
+
+
+@pytest.mark.parametrize("text", ["", page(), '\nvllm:num_requests_running{engine="0"} 1\n'])
+def test_a_page_that_names_no_model_names_none(text: str) -> None:
+    assert model_name_of(text) == ""
 
 
 def test_the_load_is_read_from_a_page_of_vllm() -> None:
