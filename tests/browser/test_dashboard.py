@@ -19,6 +19,7 @@ vllm:num_requests_running{{engine="0",model_name="{model}"}} 3.0
 vllm:num_requests_waiting{{engine="0",model_name="{model}"}} 2.0
 vllm:kv_cache_usage_perc{{engine="0",model_name="{model}"}} 0.42
 """
+NONE = "\N{EN DASH}"
 IS_SHOWN = "!document.getElementById('main').hidden"
 
 
@@ -86,9 +87,10 @@ async def test_numbers_move_with_the_requests(page: Page, router: Client) -> Non
     for _ in range(3):
         async with router.post("/v1/completions", json=BODY) as response:
             assert response.status == 200
-    await page.wait_until(shows("#codes tbody", "200 OK"))
-    assert "3" in await page.text("#codes tbody td")
-    assert "ms" in await page.text('[data-stage="prefill"]')
+    await page.wait_until("document.querySelector('#codes tbody td').innerText === '3'")
+    assert "200 OK" in await page.text("#codes tbody th")
+    assert await page.text('[data-stage="prefill"] td') != NONE
+    assert await page.text('[data-stage="kv_handover"] td') == NONE
     assert "100.0 %" in await page.text("#tiles")
 
 
