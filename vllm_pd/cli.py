@@ -283,6 +283,7 @@ def logs(
 
 @app.command()
 def router(
+    *,
     prefill: Annotated[
         list[str] | None, typer.Option(help="URL of a prefill instance; repeatable.")
     ] = None,
@@ -291,6 +292,16 @@ def router(
     ] = None,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on.")] = 8000,
+    ssl_certfile: Annotated[
+        str | None, typer.Option(help="Certificate to serve HTTPS with, and its chain, PEM.")
+    ] = None,
+    ssl_keyfile: Annotated[str | None, typer.Option(help="Its private key, PEM.")] = None,
+    ssl_ca_certs: Annotated[
+        str | None, typer.Option(help="Authorities of the clients' certificates, PEM.")
+    ] = None,
+    ssl_cert_reqs: Annotated[
+        int | None, typer.Option(help="2: every client has to have a certificate; 1: may have.")
+    ] = None,
     options: Annotated[
         str, typer.Option(metavar="JSON", help="Further keys of the router's configuration.")
     ] = "{}",
@@ -322,6 +333,13 @@ def router(
     }
     if otlp_traces_endpoint is not None:
         values["otlp_traces_endpoint"] = otlp_traces_endpoint
+    tls = {
+        "ssl_certfile": ssl_certfile,
+        "ssl_keyfile": ssl_keyfile,
+        "ssl_ca_certs": ssl_ca_certs,
+        "ssl_cert_reqs": ssl_cert_reqs,
+    }
+    values |= {key: value for key, value in tls.items() if value is not None}
     return run(from_mapping(RouterConfig, values, source="router"))
 
 

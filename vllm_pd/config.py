@@ -223,6 +223,13 @@ class RouterConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         access_log: file that gets a line of JSON for each request; ``-`` is standard
             output. None: no access log.
         otlp_traces_endpoint: collector that gets traces of the requests; None: no traces.
+        ssl_certfile: certificate to serve TLS with, and its chain, PEM; None: plain HTTP.
+        ssl_keyfile: its private key, PEM.
+        ssl_ca_certs: authorities that clients' certificates have to be of, PEM.
+        ssl_cert_reqs: 0: clients are not asked for a certificate; 1: they may have one;
+            2: they must. Named and numbered as in vLLM.
+        upstream_ca_file: authorities that the certificates of ``https://`` instances have
+            to be of, PEM; None: those that the system trusts.
     """
 
     host: str = "127.0.0.1"
@@ -260,6 +267,11 @@ class RouterConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     upstream_key_file: str | None = None
     access_log: str | None = None
     otlp_traces_endpoint: str | None = None
+    ssl_certfile: str | None = None
+    ssl_keyfile: str | None = None
+    ssl_ca_certs: str | None = None
+    ssl_cert_reqs: int = 0
+    upstream_ca_file: str | None = None
 
     def __post_init__(self) -> None:
         for url in (*self.prefill_urls, *self.decode_urls):
@@ -294,6 +306,20 @@ class RouterConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         for name in ("access_log", "otlp_traces_endpoint"):
             if getattr(self, name) == "":
                 raise ValueError(f"{name} is empty: leave it out to have none")
+        self._check_tls()
+
+    def _check_tls(self) -> None:
+        if (self.ssl_certfile is None) != (self.ssl_keyfile is None):
+            raise ValueError("ssl_certfile and ssl_keyfile need each other")
+        if self.ssl_cert_reqs not in (0, 1, 2):
+            raise ValueError(f"ssl_cert_reqs must be 0, 1 or 2, not {self.ssl_cert_reqs}")
+        if self.ssl_ca_certs is not None and self.ssl_certfile is None:
+            raise ValueError("ssl_ca_certs needs ssl_certfile and ssl_keyfile")
+        if (self.ssl_ca_certs is None) != (self.ssl_cert_reqs == 0):
+            raise ValueError(
+                "ssl_ca_certs and ssl_cert_reqs need each other: 2 asks every client for a "
+                "certificate of these authorities"
+            )
 
 
 class InstanceGroup(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

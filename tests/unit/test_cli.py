@@ -117,6 +117,13 @@ def test_router_options_must_be_json(error: ErrorReader) -> None:
     assert error.line().startswith("--options: ")
 
 
+def test_the_routers_certificate_is_checked(error: ErrorReader, tmp_path: Path) -> None:
+    missing = str(tmp_path / "nowhere.pem")
+    urls = ["--prefill", "http://127.0.0.1:1", "--decode", "http://127.0.0.1:2"]
+    assert run_cli(["router", *urls, "--ssl-certfile", missing, "--ssl-keyfile", missing]) == 1
+    assert error.line() == f"cannot read ssl_certfile {missing}: No such file or directory"
+
+
 def test_router_options_are_checked(error: ErrorReader) -> None:
     urls = ["--prefill", "http://127.0.0.1:1", "--decode", "http://127.0.0.1:2"]
     assert run_cli(["router", *urls, "--options", '{"speed": 9}']) == 1

@@ -276,9 +276,18 @@ def _with_default_env(spec: ProcessSpec, env: Mapping[str, str]) -> ProcessSpec:
 def _router(
     topology: Topology, instances: Sequence[ProcessSpec], cluster_key_file: Path
 ) -> ProcessSpec:
-    """Return the router's process."""
+    """Return the router's process.
+
+    Raises:
+        ConfigError: nobody could tell whether it is ready.
+    """
     config = topology.router
-    url = http_url(config.host, config.port)
+    if config.ssl_cert_reqs == 2:
+        raise ConfigError(
+            "'up' has no client certificate to ask the router with whether it is ready",
+            hint="start it by itself with 'vllm-pd router', or set ssl_cert_reqs to 1",
+        )
+    url = http_url(config.host, config.port, scheme="https" if config.ssl_certfile else "http")
     argv = [*ROUTE, "--host", config.host, "--port", str(config.port)]
     for spec in instances:
         argv += [f"--{spec.role}", spec.url]

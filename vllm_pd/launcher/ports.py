@@ -11,10 +11,10 @@ from vllm_pd.errors import ConfigError
 _ANY = {"0.0.0.0": "127.0.0.1", "::": "::1"}
 
 
-def http_url(host: str, port: int) -> str:
+def http_url(host: str, port: int, *, scheme: str = "http") -> str:
     """Return the address under which a server bound to ``host`` is reached from this machine."""
     host = _ANY.get(host, host)
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
 
 
 def check_ports(wanted: Iterable[tuple[str, str, int]]) -> None:

@@ -40,6 +40,7 @@ from vllm_pd.router.proxy import Backend, Proxy
 from vllm_pd.router.record import Record
 from vllm_pd.router.replies import error_response
 from vllm_pd.router.spans import open_tracer
+from vllm_pd.router.tls import client_tls, server_tls
 from vllm_pd.router.upstream import Upstream
 
 logger = logging.getLogger(__name__)
@@ -133,9 +134,10 @@ async def serve(config: RouterConfig, stop: asyncio.Event) -> None:
     """Serve until ``stop`` is set, then finish the open requests.
 
     Raises:
-        ConfigError: the address cannot be used.
+        ConfigError: the address or a file cannot be used.
     """
     app = create_app(config)
+    tls = server_tls(config)
     runner = web.AppRunner(
         app,
         handler_cancellation=True,
@@ -147,8 +149,15 @@ async def serve(config: RouterConfig, stop: asyncio.Event) -> None:
     watching = asyncio.create_task(
         app[NEWCOMERS].watch(runner.server, timeout_s=config.client_timeout_s)
     )
+    renewal = None if tls is None else asyncio.create_task(tls.watch())
     try:
-        site = web.TCPSite(runner, config.host, config.port, backlog=_BACKLOG)
+        site = web.TCPSite(
+            runner,
+            config.host,
+            config.port,
+            backlog=_BACKLOG,
+            ssl_context=None if tls is None else tls.context,
+        )
         try:
             await site.start()
         except OSError as exc:
@@ -157,6 +166,8 @@ async def serve(config: RouterConfig, stop: asyncio.Event) -> None:
         await stop.wait()
     finally:
         watching.cancel()
+        if renewal is not None:
+            renewal.cancel()
         await runner.cleanup()
 
 
@@ -230,8 +241,11 @@ async def _resources(app: web.Application) -> AsyncIterator[None]:
         if config.otlp_traces_endpoint is not None:
             tracer = open_tracer(config.otlp_traces_endpoint)
             stack.push_async_callback(tracer.close)
-        probes = await stack.enter_async_context(Probes(connect_timeout_s=config.connect_timeout_s))
-        upstream = await stack.enter_async_context(Upstream(config))
+        tls = client_tls(config)
+        probes = await stack.enter_async_context(
+            Probes(connect_timeout_s=config.connect_timeout_s, tls=tls)
+        )
+        upstream = await stack.enter_async_context(Upstream(config, tls))
         note = partial(app[METRICS].activity.time_all, Timed.KV_HANDOVER)
         handovers = HandoverWatch(probes.metrics_text, note)
         control = ControlLink(config.cluster_key_file)

@@ -6,9 +6,15 @@ told of an instance by a connection that it has long closed.
 
 from __future__ import annotations
 
+import logging
+import ssl
 from typing import Self
 
 import aiohttp
+
+from vllm_pd.router.tls import trouble_of
+
+logger = logging.getLogger(__name__)
 
 _TIMEOUT_S = 10.0
 MAX_METRICS_LEN = 16 * 1024 * 1024
@@ -22,11 +28,13 @@ class Probes:
 
     Args:
         connect_timeout_s: longest wait for a connection.
+        tls: for ``https://`` instances.
     """
 
-    def __init__(self, *, connect_timeout_s: float) -> None:
+    def __init__(self, *, connect_timeout_s: float, tls: ssl.SSLContext) -> None:
+        self._told: dict[str, str] = {}  # what the log says is wrong, by base URL
         self._session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=0, force_close=True),
+            connector=aiohttp.TCPConnector(limit=0, force_close=True, ssl=tls),
             cookie_jar=aiohttp.DummyCookieJar(),
             timeout=aiohttp.ClientTimeout(total=_TIMEOUT_S, connect=connect_timeout_s),
         )
@@ -41,8 +49,10 @@ class Probes:
         """Ask an instance for its health."""
         try:
             async with self._session.get(f"{base_url}/health", allow_redirects=False) as response:
+                self._told.pop(base_url, None)
                 return response.status == 200
-        except (aiohttp.ClientError, OSError):
+        except (aiohttp.ClientError, OSError) as exc:
+            self._tell(base_url, trouble_of(exc))
             return False
 
     async def metrics_text(self, base_url: str) -> str | None:
@@ -59,3 +69,9 @@ class Probes:
         except (aiohttp.ClientError, OSError):
             return None
         return text.decode(errors="replace")
+
+    def _tell(self, base_url: str, trouble: str | None) -> None:
+        """Log what no retry will mend, once; that nobody answers yet is no news."""
+        if trouble is not None and self._told.get(base_url) != trouble:
+            self._told[base_url] = trouble
+            logger.error("instance %s cannot be used: %s", base_url, trouble)

@@ -106,12 +106,12 @@ class Answer:
 class ConnectionPool:
     """Idle connections by origin; a request takes the one that was used last."""
 
-    def __init__(self, connect_timeout_s: float) -> None:
+    def __init__(self, connect_timeout_s: float, tls: ssl.SSLContext) -> None:
         self._connect_timeout_s = connect_timeout_s
+        self._tls = tls
         self._idle: dict[Origin, list[Connection]] = {}
         self._sweeper: asyncio.TimerHandle | None = None
         self._is_closed = False
-        self._tls: ssl.SSLContext | None = None
 
     def take(self, origin: Origin) -> Connection | None:
         """Return an idle connection, if there is one."""
@@ -128,14 +128,17 @@ class ConnectionPool:
         """Open a connection.
 
         Raises:
-            OSError: nobody listens there, or the name is unknown.
+            OSError: nobody listens there, the name is unknown, or TLS fails.
             ConnectTimeoutError: it takes too long.
         """
         loop = asyncio.get_running_loop()
         try:
             async with asyncio.timeout(self._connect_timeout_s):
                 _, connection = await loop.create_connection(
-                    Connection, origin.host, origin.port, ssl=self._tls_of(origin)
+                    Connection,
+                    origin.host,
+                    origin.port,
+                    ssl=self._tls if origin.tls else None,
                 )
         except TimeoutError as exc:
             raise ConnectTimeoutError(f"cannot connect to {origin.host}: {exc}") from exc
@@ -179,17 +182,17 @@ class ConnectionPool:
         self._idle = kept
         self._sweeper = loop.call_later(_KEEPALIVE_S / 4, self._sweep) if kept else None
 
-    def _tls_of(self, origin: Origin) -> ssl.SSLContext | None:
-        if origin.tls and self._tls is None:
-            self._tls = ssl.create_default_context()
-        return self._tls if origin.tls else None
-
 
 class Upstream:
-    """Sends requests to instances; an async context that owns the connection pool."""
+    """Sends requests to instances; an async context that owns the connection pool.
 
-    def __init__(self, config: RouterConfig) -> None:
-        self._pool = ConnectionPool(config.connect_timeout_s)
+    Args:
+        config: of the router.
+        tls: for ``https://`` instances.
+    """
+
+    def __init__(self, config: RouterConfig, tls: ssl.SSLContext) -> None:
+        self._pool = ConnectionPool(config.connect_timeout_s, tls)
         self._prefill_timeout_s = config.prefill_timeout_s
         self._decode_idle_timeout_s = config.decode_idle_timeout_s
 

@@ -253,3 +253,20 @@ def test_a_users_own_time_to_drain_wins_and_is_waited_for(args: tuple[str, ...])
 def test_a_time_to_drain_that_is_no_number_is_refused() -> None:
     with pytest.raises(ConfigError, match="--shutdown-timeout 'soon' is not a number"):
         plan_of(Topology(args=("--shutdown-timeout", "soon")))
+
+
+def test_a_router_with_a_certificate_is_reached_over_tls() -> None:
+    router = RouterConfig(ssl_certfile="/r.crt", ssl_keyfile="/r.key")
+    plan = plan_of(Topology(router=router))
+    assert plan.router_url == "https://127.0.0.1:8000"
+    assert plan.ready_url == "https://127.0.0.1:8000/ready"
+    options = json.loads(option(process(plan, "router"), "--options"))
+    assert (options["ssl_certfile"], options["ssl_keyfile"]) == ("/r.crt", "/r.key")
+
+
+def test_a_router_that_the_launcher_could_not_ask_is_refused() -> None:
+    router = RouterConfig(
+        ssl_certfile="/r.crt", ssl_keyfile="/r.key", ssl_ca_certs="/ca.crt", ssl_cert_reqs=2
+    )
+    with pytest.raises(ConfigError, match="has no client certificate"):
+        plan_of(Topology(router=router))

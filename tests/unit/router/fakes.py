@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+import ssl
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Self
@@ -51,6 +52,7 @@ class FakeInstance:
     healthy: bool = True
     keep_alive: bool = False  # without it, no request is sent on a probe's connection
     metrics: str | None = ""
+    tls: ssl.SSLContext | None = None
     received: list[Received] = field(default_factory=list)
     started: asyncio.Event = field(default_factory=asyncio.Event)
     cancelled: asyncio.Event = field(default_factory=asyncio.Event)
@@ -62,7 +64,7 @@ class FakeInstance:
         app.router.add_get("/metrics", self._metrics)
         app.router.add_route("*", "/{path:.*}", self._any)
         self._server = TestServer(app)
-        await self._server.start_server()
+        await self._server.start_server(ssl=self.tls)
         return self
 
     async def __aexit__(self, *exc_info: object) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import ssl
 from collections.abc import AsyncIterator
 
 import pytest
@@ -14,7 +15,7 @@ from vllm_pd.router.probes import Probes
 
 @pytest.fixture
 async def probes() -> AsyncIterator[Probes]:
-    async with Probes(connect_timeout_s=1.0) as probes:
+    async with Probes(connect_timeout_s=1.0, tls=ssl.create_default_context()) as probes:
         yield probes
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import ssl
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -65,7 +66,9 @@ async def running(instance: ScriptedInstance) -> AsyncIterator[ScriptedInstance]
 
 @pytest.fixture
 async def upstream() -> AsyncIterator[Upstream]:
-    async with Upstream(RouterConfig(decode_idle_timeout_s=5.0)) as upstream:
+    async with Upstream(
+        RouterConfig(decode_idle_timeout_s=5.0), ssl.create_default_context()
+    ) as upstream:
         yield upstream
 
 
@@ -153,7 +156,7 @@ async def test_a_request_that_is_cancelled_ends_at_the_instance(upstream: Upstre
 
 async def test_a_prefill_has_one_deadline_for_all_of_it() -> None:
     async with (
-        Upstream(RouterConfig(prefill_timeout_s=0.02)) as upstream,
+        Upstream(RouterConfig(prefill_timeout_s=0.02), ssl.create_default_context()) as upstream,
         running(ScriptedInstance([[]], hang=True)) as instance,
     ):
         with pytest.raises(TimeoutError):
