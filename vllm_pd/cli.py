@@ -292,6 +292,9 @@ def router(
     ] = None,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on.")] = 8000,
+    workers: Annotated[
+        int | None, typer.Option(help="Processes that share the port. \\[default: 1]")
+    ] = None,
     ssl_certfile: Annotated[
         str | None, typer.Option(help="Certificate to serve HTTPS with, and its chain, PEM.")
     ] = None,
@@ -313,17 +316,9 @@ def router(
 
     [dim]$[/dim] vllm-pd router --prefill http://10.0.0.1:8100 --decode http://10.0.0.2:8200
     """
-    import logging
-
     from vllm_pd.config import RouterConfig, from_mapping
-    from vllm_pd.router.app import run
 
-    # As vLLM's lines look, so that the logs of a deployment read alike.
-    logging.basicConfig(
-        level=logging.INFO,
-        format="%(levelname)s %(asctime)s [%(filename)s:%(lineno)d] %(message)s",
-        datefmt="%m-%d %H:%M:%S",
-    )
+    _log_as_vllm()
     values = _json_object(options, source="--options")
     values |= {
         "host": host,
@@ -331,16 +326,47 @@ def router(
         "prefill_urls": prefill or [],
         "decode_urls": decode or [],
     }
-    if otlp_traces_endpoint is not None:
-        values["otlp_traces_endpoint"] = otlp_traces_endpoint
-    tls = {
+    given = {
+        "workers": workers,
+        "otlp_traces_endpoint": otlp_traces_endpoint,
         "ssl_certfile": ssl_certfile,
         "ssl_keyfile": ssl_keyfile,
         "ssl_ca_certs": ssl_ca_certs,
         "ssl_cert_reqs": ssl_cert_reqs,
     }
-    values |= {key: value for key, value in tls.items() if value is not None}
-    return run(from_mapping(RouterConfig, values, source="router"))
+    values |= {key: value for key, value in given.items() if value is not None}
+    config = from_mapping(RouterConfig, values, source="router")
+    if config.workers > 1:
+        from vllm_pd.router.workers import parent
+
+        return parent.run(config)
+    from vllm_pd.router.app import run
+
+    return run(config)
+
+
+@app.command("_route", hidden=True)
+def route(
+    link: Annotated[int, typer.Option()],
+    board: Annotated[int, typer.Option()],
+    listen: Annotated[list[int], typer.Option()],
+) -> int:
+    """Run one of several router processes; started by 'router'."""
+    from vllm_pd.router.workers import child
+
+    _log_as_vllm("(worker pid=%(process)d) ")
+    return child.run(link, board, listen)
+
+
+def _log_as_vllm(prefix: str = "") -> None:
+    """Log in lines that look as vLLM's, so that the logs of a deployment read alike."""
+    import logging
+
+    logging.basicConfig(
+        level=logging.INFO,
+        format=f"{prefix}%(levelname)s %(asctime)s [%(filename)s:%(lineno)d] %(message)s",
+        datefmt="%m-%d %H:%M:%S",
+    )
 
 
 def _json_object(text: str, *, source: str) -> dict[str, Any]:

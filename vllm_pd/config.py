@@ -24,6 +24,7 @@ from vllm_pd.errors import ConfigError
 T = TypeVar("T", bound=msgspec.Struct)
 
 DEFAULT_ROUTER_PORT = 8000
+MAX_ROUTER_WORKERS = 64
 DEFAULT_PREFILL_PORT = 8100
 DEFAULT_DECODE_PORT = 8200
 
@@ -223,6 +224,7 @@ class RouterConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         access_log: file that gets a line of JSON for each request; ``-`` is standard
             output. None: no access log.
         otlp_traces_endpoint: collector that gets traces of the requests; None: no traces.
+        workers: processes that share the port.
         ssl_certfile: certificate to serve TLS with, and its chain, PEM; None: plain HTTP.
         ssl_keyfile: its private key, PEM.
         ssl_ca_certs: authorities that clients' certificates have to be of, PEM.
@@ -267,6 +269,7 @@ class RouterConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     upstream_key_file: str | None = None
     access_log: str | None = None
     otlp_traces_endpoint: str | None = None
+    workers: int = 1
     ssl_certfile: str | None = None
     ssl_keyfile: str | None = None
     ssl_ca_certs: str | None = None
@@ -274,9 +277,7 @@ class RouterConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     upstream_ca_file: str | None = None
 
     def __post_init__(self) -> None:
-        for url in (*self.prefill_urls, *self.decode_urls):
-            if not url.startswith(("http://", "https://")):
-                raise ValueError(f"instance address {url!r} does not start with http://")
+        self._check_addresses()
         _check_positive(
             self,
             "connect_timeout_s",
@@ -301,12 +302,19 @@ class RouterConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
                 raise ValueError(f"{name} must not be negative, not {getattr(self, name)}")
         if self.local_prefill_cost is not None:
             _check_positive(self, "local_prefill_cost")
+        if not 1 <= self.workers <= MAX_ROUTER_WORKERS:
+            raise ValueError(f"workers must be from 1 to {MAX_ROUTER_WORKERS}, not {self.workers}")
+        self._check_tls()
+
+    def _check_addresses(self) -> None:
+        for url in (*self.prefill_urls, *self.decode_urls):
+            if not url.startswith(("http://", "https://")):
+                raise ValueError(f"instance address {url!r} does not start with http://")
         if not 1 <= self.port <= 65535:
             raise ValueError(f"{self.port} is not a port")
         for name in ("access_log", "otlp_traces_endpoint"):
             if getattr(self, name) == "":
                 raise ValueError(f"{name} is empty: leave it out to have none")
-        self._check_tls()
 
     def _check_tls(self) -> None:
         if (self.ssl_certfile is None) != (self.ssl_keyfile is None):

@@ -25,14 +25,16 @@ from aiohttp import web
 
 from vllm_pd.config import InstanceSpec, RoleLabel, from_mapping
 from vllm_pd.errors import ConfigError
-from vllm_pd.router.addresses import base_url, host_port, instance_id
+from vllm_pd.router.addresses import base_url, control_address, host_port, instance_id
 from vllm_pd.router.api_keys import AUTHORIZATION, unauthorized_response
 from vllm_pd.router.files import read_credential
 from vllm_pd.router.instance import Instance
 from vllm_pd.router.instances import InstancePool
 from vllm_pd.router.replies import error_response
+from vllm_pd.router.workers.changes import Add, Change, Drain, Relabel, Remove
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+MakeChange = Callable[[web.Request, Change], Awaitable[None]]
 
 
 class AdminKey:
@@ -69,11 +71,19 @@ class Admin:
         key: whoever has it may do everything here.
         pool_of: returns the pool of the app that a request came to; the pool is made
             when the app starts, later than its routes.
+        make: makes a change in the app that a request came to, and in all other
+            processes of the router.
     """
 
-    def __init__(self, key: AdminKey, pool_of: Callable[[web.Request], InstancePool]) -> None:
+    def __init__(
+        self,
+        key: AdminKey,
+        pool_of: Callable[[web.Request], InstancePool],
+        make: MakeChange,
+    ) -> None:
         self._key = key
         self._pool_of = pool_of
+        self._make = make
 
     def routes(self) -> list[web.RouteDef]:
         """Return what to add to the app; without them ``/admin`` is a 404."""
@@ -103,30 +113,37 @@ class Admin:
 
     async def _register(self, request: web.Request) -> web.StreamResponse:
         spec = from_mapping(InstanceSpec, await _read(request), source="instance")
+        name = instance_id(base_url(spec.url))
+        if spec.control is not None:
+            control_address(spec.control)  # before anybody is told
         pool = self._pool_of(request)
-        is_new = pool.get(instance_id(base_url(spec.url))) is None
-        return web.json_response(_description(pool.add(spec)), status=201 if is_new else 200)
+        is_new = pool.get(name) is None
+        await self._make(request, Add(spec))
+        instance = pool.get(name)
+        if instance is None:  # somebody was faster to remove it
+            return _unknown(name)
+        return web.json_response(_description(instance), status=201 if is_new else 200)
 
     async def _relabel(self, request: web.Request) -> web.StreamResponse:
         change = from_mapping(_RoleChange, await _read(request), source="change")
         instance = self._find(request)
         if instance is None:
-            return _unknown(request)
-        self._pool_of(request).relabel(instance, change.role)
+            return _unknown(request.match_info["id"])
+        await self._make(request, Relabel(instance.instance_id, change.role))
         return web.json_response(_description(instance))
 
     async def _drain(self, request: web.Request) -> web.StreamResponse:
         instance = self._find(request)
         if instance is None:
-            return _unknown(request)
-        self._pool_of(request).drain(instance)
+            return _unknown(request.match_info["id"])
+        await self._make(request, Drain(instance.instance_id))
         return web.json_response(_description(instance), status=202)
 
     async def _remove(self, request: web.Request) -> web.StreamResponse:
         instance = self._find(request)
         if instance is None:
-            return _unknown(request)
-        self._pool_of(request).remove(instance)
+            return _unknown(request.match_info["id"])
+        await self._make(request, Remove(instance.instance_id))
         return web.Response(status=204)
 
     def _find(self, request: web.Request) -> Instance | None:
@@ -147,8 +164,8 @@ async def _read(request: web.Request) -> dict[str, Any]:
         raise ConfigError(f"the request body is no JSON object: {exc}") from exc
 
 
-def _unknown(request: web.Request) -> web.Response:
-    return error_response(404, f"There is no instance {request.match_info['id']!r}.")
+def _unknown(name: str) -> web.Response:
+    return error_response(404, f"There is no instance {name!r}.")
 
 
 def _description(instance: Instance) -> dict[str, Any]:

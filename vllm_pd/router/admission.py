@@ -25,11 +25,15 @@ from dataclasses import dataclass, field
 
 from vllm_pd.errors import OverloadedError, RemoteProtocolError
 from vllm_pd.router.headers import PRIORITY
+from vllm_pd.router.workers.siblings import Siblings
 
 Clock = Callable[[], float]
 
 _MAX_PRIORITY = 2**63 - 1  # vLLM's range
 _WEIGHT_OF_NEWEST = 0.1
+
+_LOOK_INTERVAL_S = 0.005
+"""Longest time that a slot is free before a request that waits in another process has it."""
 
 
 @dataclass(slots=True, eq=False)
@@ -106,9 +110,16 @@ class Slots:
 
     Nothing waits while a slot is free, provided that ``admit_next`` is called until
     it returns None after ``give_back`` and ``resize``.
+
+    Args:
+        capacity: number of slots.
+        max_queue: longest queue.
+        siblings: other processes that use the same slots; each has a queue of its own.
+            With them ``admit_next`` has to be called from time to time.
     """
 
-    def __init__(self, *, capacity: int, max_queue: int) -> None:
+    def __init__(self, *, capacity: int, max_queue: int, siblings: Siblings | None = None) -> None:
+        self._siblings = siblings
         self._capacity = capacity
         self._max_queue = max_queue
         self._in_use = 0
@@ -122,28 +133,31 @@ class Slots:
 
     @property
     def in_use(self) -> int:
-        """Number of slots that are taken."""
+        """Number of slots that are taken in this process."""
         return self._in_use
 
     @property
     def num_waiting(self) -> int:
-        """Number of tickets in the queue."""
+        """Number of tickets in the queue of this process."""
         return self._num_waiting
 
     def num_ahead(self, priority: int) -> int:
         """Return how many tickets wait that are at least as urgent."""
-        return sum(level.num_waiting for at, level in self._levels.items() if at <= priority)
+        here = sum(level.num_waiting for at, level in self._levels.items() if at <= priority)
+        return here + self._num_waiting_elsewhere()
 
-    def take(self) -> bool:
+    def take(self, priority: int = 0) -> bool:
         """Take a slot unless that would overtake somebody."""
-        if self._num_waiting or self._in_use >= self._capacity:
+        if self._num_waiting or not self._has_slot(priority):
             return False
         self._in_use += 1
+        self._show()
         return True
 
     def give_back(self) -> None:
         """Free a slot."""
         self._in_use -= 1
+        self._show()
 
     def resize(self, capacity: int) -> None:
         """Change the number of slots; those in use stay in use."""
@@ -157,13 +171,14 @@ class Slots:
             and is no longer in the queue; None if there is room for all.
         """
         refused = None
-        if self._num_waiting >= self._max_queue:
+        if self._num_waiting + self._num_waiting_elsewhere() >= self._max_queue:
             refused = self._least_deserving(ticket)
             if refused is ticket:
                 return ticket
             self.leave(refused)
         self._levels.setdefault(ticket.priority, _Level()).add(ticket)
         self._num_waiting += 1
+        self._show()
         return refused
 
     def leave(self, ticket: Ticket) -> None:
@@ -173,17 +188,36 @@ class Slots:
 
     def admit_next(self) -> Ticket | None:
         """Give a free slot to the ticket whose turn it is; None if there is no such pair."""
-        if not self._num_waiting or self._in_use >= self._capacity:
+        if not self._num_waiting or not self._has_slot(min(self._levels)):
             return None
         ticket = self._levels[min(self._levels)].pop_next()
-        self._removed_from(ticket.priority)
         self._in_use += 1
+        self._removed_from(ticket.priority)
         return ticket
+
+    def _has_slot(self, priority: int) -> bool:
+        if self._siblings is None:
+            return self._in_use < self._capacity
+        return self._siblings.may_take(
+            capacity=self._capacity, in_use=self._in_use, priority=priority
+        )
+
+    def _num_waiting_elsewhere(self) -> int:
+        return 0 if self._siblings is None else self._siblings.num_waiting
+
+    def _show(self) -> None:
+        if self._siblings is not None:
+            self._siblings.show(
+                in_use=self._in_use,
+                num_waiting=self._num_waiting,
+                most_urgent=min(self._levels, default=0),
+            )
 
     def _removed_from(self, priority: int) -> None:
         self._num_waiting -= 1
         if not self._levels[priority].num_waiting:
             del self._levels[priority]
+        self._show()
 
     def _least_deserving(self, newcomer: Ticket) -> Ticket:
         if not self._levels:  # no queue is wanted
@@ -239,6 +273,7 @@ class Stage:
         capacity: int,
         max_queue: int,
         queue_timeout_s: float,
+        siblings: Siblings | None = None,
         clock: Clock = time.monotonic,
     ) -> None:
         """Begin without requests.
@@ -248,10 +283,13 @@ class Stage:
             capacity: number of requests served at the same time.
             max_queue: number of requests that may wait.
             queue_timeout_s: longest time that one may wait.
+            siblings: the stage in other processes; None: there are none.
             clock: returns seconds.
         """
         self._name = name
-        self._slots = Slots(capacity=capacity, max_queue=max_queue)
+        self._slots = Slots(capacity=capacity, max_queue=max_queue, siblings=siblings)
+        self._looks_again = siblings is not None
+        self._look: asyncio.TimerHandle | None = None
         self._queue_timeout_s = queue_timeout_s
         self._clock = clock
         self._hold_time = HoldTime()
@@ -296,7 +334,7 @@ class Stage:
                 no slot became free in time.
         """
         arrived = began = self._clock()
-        if not self._slots.take():
+        if not self._slots.take(priority):
             await self._wait(Ticket(client, priority, cost))
             began = self._clock()
         try:
@@ -314,6 +352,7 @@ class Stage:
         loop = asyncio.get_running_loop()
         future = self._verdicts[ticket] = loop.create_future()
         timer = loop.call_later(self._queue_timeout_s, self._time_out, ticket)
+        self._look_later()
         try:
             verdict = await future
         except asyncio.CancelledError:
@@ -326,6 +365,17 @@ class Stage:
             timer.cancel()
         if verdict is not _Verdict.ADMITTED:
             raise self._overloaded(ticket, verdict)
+
+    def _look_later(self) -> None:
+        """Look from time to time whether another process has given a slot back."""
+        if self._looks_again and self._look is None and self._slots.num_waiting:
+            loop = asyncio.get_running_loop()
+            self._look = loop.call_later(_LOOK_INTERVAL_S, self._look_now)
+
+    def _look_now(self) -> None:
+        self._look = None
+        self._admit()
+        self._look_later()
 
     def _time_out(self, ticket: Ticket) -> None:
         if ticket in self._verdicts:

@@ -15,9 +15,9 @@ from __future__ import annotations
 import array
 import itertools
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import xxhash
 
@@ -94,6 +94,16 @@ class Matches:
 NO_MATCHES = Matches({}, {})
 
 
+class Gossip(Protocol):
+    """What the processes of one router tell each other of what instances have seen."""
+
+    def tell_seen(self, base_url: str, digest: int, tokens: int) -> None:
+        """Tell the others of a beginning, or of a session."""
+
+    def seen(self) -> Iterable[tuple[str, int, int]]:
+        """Return what the others have told since the last time: address, digest, tokens."""
+
+
 class AffinityIndex:
     """Which beginnings of prompts and which sessions went to which instance.
 
@@ -101,20 +111,23 @@ class AffinityIndex:
     for longest, as its prefix cache does.
     """
 
-    def __init__(self, *, max_entries: int = 8192) -> None:
+    def __init__(self, *, max_entries: int = 8192, gossip: Gossip | None = None) -> None:
         """Make an empty index.
 
         Args:
+            gossip: to and from the other processes of the router; None: there are none.
             max_entries: digests remembered per instance. The default is good for
                 about 600 prompts of 4,000 tokens, more than most caches hold.
         """
         self._max_entries = max_entries
+        self._gossip = gossip
         self._seen: dict[str, OrderedDict[int, int]] = {}  # digest -> tokens
 
     def matches(self, prompt: Prompt) -> Matches:
         """Return what the instances have seen of a prompt."""
         if not prompt.prefix and prompt.session is None:
             return NO_MATCHES
+        self._listen()
         cached: dict[str, int] = {}
         credit: dict[str, int] = {}
         for base_url, seen in self._seen.items():
@@ -130,22 +143,35 @@ class AffinityIndex:
         """Remember that a prompt was sent to an instance."""
         if not prompt.prefix and prompt.session is None:
             return
-        seen = self._seen.setdefault(base_url, OrderedDict())
+        entries = []
         if prompt.session is not None:
-            seen[prompt.session] = prompt.num_tokens
-            seen.move_to_end(prompt.session)
+            entries.append((prompt.session, prompt.num_tokens))
         # Longest first: whatever is in there, its beginnings are younger, so they
         # are there as well.
         lengths = DIGEST_TOKENS[: len(prompt.prefix)]
-        for digest, tokens in zip(reversed(prompt.prefix), reversed(lengths), strict=True):
+        entries += zip(reversed(prompt.prefix), reversed(lengths), strict=True)
+        self._remember(base_url, entries)
+        if self._gossip is not None:
+            for digest, tokens in entries:
+                self._gossip.tell_seen(base_url, digest, tokens)
+
+    def forget(self, base_url: str) -> None:
+        """Drop what an instance has seen: it was removed, or restarted with an empty cache."""
+        self._listen()  # to what was said before that
+        self._seen.pop(base_url, None)
+
+    def _listen(self) -> None:
+        if self._gossip is not None:
+            for base_url, digest, tokens in self._gossip.seen():
+                self._remember(base_url, [(digest, tokens)])
+
+    def _remember(self, base_url: str, entries: Iterable[tuple[int, int]]) -> None:
+        seen = self._seen.setdefault(base_url, OrderedDict())
+        for digest, tokens in entries:
             seen[digest] = tokens
             seen.move_to_end(digest)
         while len(seen) > self._max_entries:
             seen.popitem(last=False)
-
-    def forget(self, base_url: str) -> None:
-        """Drop what an instance has seen: it was removed, or restarted with an empty cache."""
-        self._seen.pop(base_url, None)
 
 
 def read_prompt(body: Mapping[str, Any], *, session: str | None = None) -> Prompt:

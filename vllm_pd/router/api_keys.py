@@ -25,7 +25,7 @@ import logging
 import math
 import secrets
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
@@ -38,6 +38,7 @@ from vllm_pd.config import RouterConfig, from_mapping
 from vllm_pd.errors import ConfigError, OverloadedError
 from vllm_pd.router.admission import Clock, HoldTime
 from vllm_pd.router.files import is_credential, read_credential, read_secret, stamp_of
+from vllm_pd.router.workers.board import Row
 
 if TYPE_CHECKING:
     from multidict import CIMultiDict
@@ -49,6 +50,9 @@ RELOAD_INTERVAL_S = 1.0
 """Pause between two looks at the key file."""
 
 _ANY_PRIORITY = -(2**63)
+
+_PARTS = 1_000_000
+"""Parts of a request, and of a second, in which processes show each other whole numbers."""
 
 
 class _Entry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -96,7 +100,23 @@ class Client:
         in_use: requests being served.
     """
 
-    def __init__(self, name: str, limits: Limits, *, clock: Clock = time.monotonic) -> None:
+    def __init__(
+        self,
+        name: str,
+        limits: Limits,
+        *,
+        row: Row | None = None,
+        clock: Clock = time.monotonic,
+    ) -> None:
+        """Begin without requests.
+
+        Args:
+            name: of the client.
+            limits: of all processes of the router together.
+            row: where they show each other what the client has used; None: there is one.
+            clock: returns seconds, the same in all of them.
+        """
+        self._row = row
         self.name = name
         self.limits = limits
         self.in_use = 0
@@ -120,18 +140,23 @@ class Client:
         self._check_concurrency()
         self._use_allowance(began)
         self.in_use += 1
+        self._show()
         try:
             yield
         finally:
             self.in_use -= 1
+            self._show()
             self._hold_time.note(self._clock() - began)
 
     def _check_concurrency(self) -> None:
         limit = self.limits.max_concurrent
-        if limit is not None and self.in_use >= limit:
+        if limit is None:
+            return
+        in_use = self.in_use + (self._row.others()[0] if self._row else 0)
+        if in_use >= limit:
             raise OverloadedError(
                 f"This API key may have {limit} requests open at the same time.",
-                wait_s=self._hold_time.wait_s(1, of=self.in_use),
+                wait_s=self._hold_time.wait_s(1, of=in_use),
             )
 
     def _use_allowance(self, now: float) -> None:
@@ -139,7 +164,8 @@ class Client:
         if limit is None:
             return
         per_s = limit / 60.0
-        left = min(self._allowance + (now - self._allowance_at) * per_s, limit)
+        allowance, at = self._latest_allowance()
+        left = min(allowance + (now - at) * per_s, limit)
         if left < 1.0:
             raise OverloadedError(
                 f"This API key may send {limit} requests per minute.",
@@ -148,17 +174,47 @@ class Client:
         self._allowance = left - 1.0
         self._allowance_at = now
 
+    def _show(self) -> None:
+        if self._row is not None:
+            used = math.isfinite(self._allowance)
+            left = round(self._allowance * _PARTS) if used else 0
+            self._row.put(self.in_use, left, round(self._allowance_at * _PARTS) if used else 0)
+
+    def _latest_allowance(self) -> tuple[float, float]:
+        """Return what was left and when, by the process that has let a request in last."""
+        states = [(self._allowance_at, self._allowance)] if math.isfinite(self._allowance) else []
+        for _, left, at, _ in self._row.each() if self._row else ():
+            if at:
+                states.append((at / _PARTS, left / _PARTS))
+        if not states:
+            return self._allowance, self._allowance_at
+        at_s, left_then = max(states, key=lambda state: (state[0], -state[1]))
+        return left_then, at_s
+
 
 class ApiKeys:
     """The clients of a key file, which may change while the router runs."""
 
-    def __init__(self, path: Path, *, clock: Clock = time.monotonic) -> None:
+    def __init__(
+        self,
+        path: Path,
+        *,
+        row_of: Callable[[str], Row] | None = None,
+        clock: Clock = time.monotonic,
+    ) -> None:
         """Read the file.
+
+        Args:
+            path: of the file.
+            row_of: where the processes of the router count for the client of a name;
+                None: there is one.
+            clock: returns seconds.
 
         Raises:
             ConfigError: it cannot be read, or is wrong.
         """
         self._path = path
+        self._row_of = row_of
         self._clock = clock
         self._salt = secrets.token_bytes(32)
         self._by_digest: dict[bytes, Client] = {}
@@ -194,7 +250,10 @@ class ApiKeys:
         by_digest: dict[bytes, Client] = {}
         for entry in _read_entries(self._path):
             limits = Limits(entry.max_concurrent, entry.requests_per_minute, entry.min_priority)
-            client = known.get(entry.name) or Client(entry.name, limits, clock=self._clock)
+            client = known.get(entry.name)
+            if client is None:
+                row = self._row_of(entry.name) if self._row_of else None
+                client = Client(entry.name, limits, row=row, clock=self._clock)
             by_digest[self._digest(entry.key)] = client
             client.limits = limits
         self._by_digest = by_digest
@@ -218,15 +277,19 @@ class Access:
         self._upstream = None if upstream_key is None else f"Bearer {upstream_key}"
 
     @classmethod
-    def from_config(cls, config: RouterConfig) -> Self:
+    def from_config(cls, config: RouterConfig, row_of: Callable[[str], Row] | None = None) -> Self:
         """Read the files that the configuration names.
+
+        Args:
+            config: of the router.
+            row_of: as ``ApiKeys`` takes it.
 
         Raises:
             ConfigError: one cannot be read, or is wrong.
         """
         keys, upstream = config.api_keys_file, config.upstream_key_file
         return cls(
-            None if keys is None else ApiKeys(Path(keys)),
+            None if keys is None else ApiKeys(Path(keys), row_of=row_of),
             None if upstream is None else read_credential(Path(upstream)),
         )
 

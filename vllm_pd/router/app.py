@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
+import functools
 import gc
 import logging
 import random
 import resource
 import signal
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from functools import partial
+import socket
+import ssl
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from http import HTTPStatus
 from pathlib import Path
 
@@ -39,9 +40,12 @@ from vllm_pd.router.probes import Probes
 from vllm_pd.router.proxy import Backend, Proxy
 from vllm_pd.router.record import Record
 from vllm_pd.router.replies import error_response
-from vllm_pd.router.spans import open_tracer
+from vllm_pd.router.spans import Tracer, open_tracer
 from vllm_pd.router.tls import client_tls, server_tls
 from vllm_pd.router.upstream import Upstream
+from vllm_pd.router.workers import changes
+from vllm_pd.router.workers.shared import Shared
+from vllm_pd.router.workers.sockets import listen_error
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +59,8 @@ POOL = web.AppKey("pool", InstancePool)
 PROXY = web.AppKey("proxy", Proxy)
 RNG = web.AppKey("rng", random.Random)
 STAGES = web.AppKey("stages", dict[Role, Stage])
+SHARED = web.AppKey("shared", Shared)
+"""Only in an app that is one of several workers."""
 
 _BACKLOG = 2048
 """Connections that may wait to be accepted; aiohttp's default is less than clients in a burst."""
@@ -65,7 +71,9 @@ SHUTDOWN_TIMEOUT_S = 10.0
 """Longest wait for open requests when the router is told to stop."""
 
 
-def create_app(config: RouterConfig, *, rng: random.Random | None = None) -> web.Application:
+def create_app(
+    config: RouterConfig, *, rng: random.Random | None = None, shared: Shared | None = None
+) -> web.Application:
     """Return the application; its resources live from its startup to its cleanup.
 
     Serve it with ``handler_cancellation=True``: a client's disconnect must end the
@@ -74,6 +82,7 @@ def create_app(config: RouterConfig, *, rng: random.Random | None = None) -> web
     Args:
         config: of the router.
         rng: decides between instances that are equal.
+        shared: what it shares with the other workers; None: it is the only process.
 
     Raises:
         ConfigError: a key file cannot be used.
@@ -87,7 +96,11 @@ def create_app(config: RouterConfig, *, rng: random.Random | None = None) -> web
     app[CONFIG] = config
     app[RNG] = rng or random.Random()
     app[METRICS] = Metrics()
-    app[ACCESS] = Access.from_config(config)
+    if shared is not None:
+        app[SHARED] = shared
+    app[ACCESS] = Access.from_config(
+        config, None if shared is None else functools.partial(shared.row, "client")
+    )
     app[NEWCOMERS] = Newcomers()
     app.cleanup_ctx.append(_resources)
     app.add_routes(
@@ -107,7 +120,7 @@ def create_app(config: RouterConfig, *, rng: random.Random | None = None) -> web
     app.add_routes(Dashboard(_dashboard_sources).routes())
     if config.admin_key_file is not None:
         key = AdminKey.read(Path(config.admin_key_file))
-        app.add_routes(Admin(key, lambda request: request.app[POOL]).routes())
+        app.add_routes(Admin(key, lambda request: request.app[POOL], _make_change).routes())
     return app
 
 
@@ -121,22 +134,41 @@ def run(config: RouterConfig) -> int:
         ConfigError: the address or a file cannot be used, a role has no instance, or
             an instance's address is none.
     """
-    _check_instances(config)
+    check_instances(config)
+    with prepared() as runner:
+        runner.run(run_until_signal(functools.partial(serve, config)))
+    return 0
+
+
+@contextlib.contextmanager
+def prepared() -> Iterator[asyncio.Runner]:
+    """Make this process fit to serve; gives what runs the event loop."""
     _allow_many_connections()
     _collect_garbage_rarely()
     heap.return_large_blocks()
     with asyncio.Runner(loop_factory=_loop_factory()) as runner:
-        runner.run(_run_until_signal(config))
-    return 0
+        yield runner
 
 
-async def serve(config: RouterConfig, stop: asyncio.Event) -> None:
+async def serve(
+    config: RouterConfig,
+    stop: asyncio.Event,
+    *,
+    shared: Shared | None = None,
+    sockets: Sequence[socket.socket] = (),
+) -> None:
     """Serve until ``stop`` is set, then finish the open requests.
+
+    Args:
+        config: of the router.
+        stop: ends it.
+        shared: what it shares with the other workers; None: it is the only process.
+        sockets: to listen on; without any the router listens where ``config`` says.
 
     Raises:
         ConfigError: the address or a file cannot be used.
     """
-    app = create_app(config)
+    app = create_app(config, shared=shared)
     tls = server_tls(config)
     runner = web.AppRunner(
         app,
@@ -151,18 +183,9 @@ async def serve(config: RouterConfig, stop: asyncio.Event) -> None:
     )
     renewal = None if tls is None else asyncio.create_task(tls.watch())
     try:
-        site = web.TCPSite(
-            runner,
-            config.host,
-            config.port,
-            backlog=_BACKLOG,
-            ssl_context=None if tls is None else tls.context,
-        )
-        try:
-            await site.start()
-        except OSError as exc:
-            raise _listen_error(config, exc) from exc
-        logger.info("router listens on %s", site.name)
+        await _listen(runner, config, sockets, None if tls is None else tls.context)
+        if shared is not None:
+            shared.ready()
         await stop.wait()
     finally:
         watching.cancel()
@@ -171,7 +194,25 @@ async def serve(config: RouterConfig, stop: asyncio.Event) -> None:
         await runner.cleanup()
 
 
-async def _run_until_signal(config: RouterConfig) -> None:
+async def _listen(
+    runner: web.AppRunner,
+    config: RouterConfig,
+    sockets: Sequence[socket.socket],
+    tls: ssl.SSLContext | None,
+) -> None:
+    sites: list[web.BaseSite] = [
+        web.SockSite(runner, one, backlog=_BACKLOG, ssl_context=tls) for one in sockets
+    ] or [web.TCPSite(runner, config.host, config.port, backlog=_BACKLOG, ssl_context=tls)]
+    for site in sites:
+        try:
+            await site.start()
+        except OSError as exc:
+            raise listen_error(config.host, config.port, exc) from exc
+        logger.info("router listens on %s", site.name)
+
+
+async def run_until_signal(serving: Callable[[asyncio.Event], Awaitable[None]]) -> None:
+    """Run until SIGINT or SIGTERM sets the event; the next one has its default effect."""
     loop = asyncio.get_running_loop()
     stop = asyncio.Event()
     signals = (signal.SIGINT, signal.SIGTERM)
@@ -183,7 +224,7 @@ async def _run_until_signal(config: RouterConfig) -> None:
 
     for number in signals:
         loop.add_signal_handler(number, stop_once)
-    await serve(config, stop)
+    await serving(stop)
 
 
 def _allow_many_connections() -> None:
@@ -204,7 +245,12 @@ def _collect_garbage_rarely() -> None:
     gc.set_threshold(*_GC_THRESHOLDS)
 
 
-def _check_instances(config: RouterConfig) -> None:
+def check_instances(config: RouterConfig) -> None:
+    """Check that there is, or may come, somebody to send requests to.
+
+    Raises:
+        ConfigError: there is not.
+    """
     if config.instances_file is not None or config.admin_key_file is not None:
         return  # they may come later
     given = {
@@ -224,29 +270,17 @@ def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
     return uvloop.new_event_loop
 
 
-def _listen_error(config: RouterConfig, exc: OSError) -> ConfigError:
-    if exc.errno == errno.EADDRINUSE:
-        return ConfigError(
-            f"port {config.port} on {config.host} is already in use",
-            hint="stop what uses it, or choose another port",
-        )
-    return ConfigError(f"cannot listen on {config.host}, port {config.port}: {exc.strerror}")
-
-
 async def _resources(app: web.Application) -> AsyncIterator[None]:
-    config = app[CONFIG]
+    config, shared = app[CONFIG], app.get(SHARED)
     async with contextlib.AsyncExitStack() as stack:
         await open_access_log(app, config, app[METRICS], stack)
-        tracer = None
-        if config.otlp_traces_endpoint is not None:
-            tracer = open_tracer(config.otlp_traces_endpoint)
-            stack.push_async_callback(tracer.close)
+        tracer = _tracer(config, stack)
         tls = client_tls(config)
         probes = await stack.enter_async_context(
             Probes(connect_timeout_s=config.connect_timeout_s, tls=tls)
         )
         upstream = await stack.enter_async_context(Upstream(config, tls))
-        note = partial(app[METRICS].activity.time_all, Timed.KV_HANDOVER)
+        note = functools.partial(app[METRICS].activity.time_all, Timed.KV_HANDOVER)
         handovers = HandoverWatch(probes.metrics_text, note)
         control = ControlLink(config.cluster_key_file)
         stack.callback(control.close)
@@ -258,21 +292,14 @@ async def _resources(app: web.Application) -> AsyncIterator[None]:
             scrape=handovers.scrape,
             control=control,
             limits=_limits(config),
+            row_of=None if shared is None else functools.partial(shared.row, "instance"),
         )
         for spec in config.instances:
             pool.add(spec)
-        index = AffinityIndex()
+        index = AffinityIndex(gossip=shared)
         pool.subscribe(lambda instance: index.forget(instance.base_url))
         pool.subscribe(lambda instance: handovers.forget(instance.base_url))
-        stages = {
-            role: Stage(
-                role.value,
-                capacity=_capacity(config, role, 1),
-                max_queue=config.max_queue,
-                queue_timeout_s=config.queue_timeout_s,
-            )
-            for role in Role
-        }
+        stages = _stages(config, shared)
         backend = Backend(pool, upstream, control, index, stages, app[ACCESS], app[RNG])
         app[POOL] = pool
         app[STAGES] = stages
@@ -282,6 +309,9 @@ async def _resources(app: web.Application) -> AsyncIterator[None]:
             file = InstancesFile(Path(config.instances_file), pool)
         await pool.start()
         stack.push_async_callback(pool.stop)
+        if shared is not None:
+            await shared.join(pool, app[METRICS])
+            stack.push_async_callback(shared.leave)
         followed = [app[ACCESS].watch(), _follow_capacity(config, pool, stages)]
         if file is not None:
             followed.append(file.watch(config.health_interval_s))
@@ -292,6 +322,27 @@ async def _resources(app: web.Application) -> AsyncIterator[None]:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _tracer(config: RouterConfig, stack: contextlib.AsyncExitStack) -> Tracer | None:
+    if config.otlp_traces_endpoint is None:
+        return None
+    tracer = open_tracer(config.otlp_traces_endpoint)
+    stack.push_async_callback(tracer.close)
+    return tracer
+
+
+def _stages(config: RouterConfig, shared: Shared | None) -> dict[Role, Stage]:
+    return {
+        role: Stage(
+            role.value,
+            capacity=_capacity(config, role, 1),
+            max_queue=config.max_queue,
+            queue_timeout_s=config.queue_timeout_s,
+            siblings=None if shared is None else shared.siblings(role),
+        )
+        for role in Role
+    }
 
 
 async def _follow_capacity(
@@ -376,6 +427,18 @@ def _dashboard_sources(request: web.Request) -> Sources:
     return Sources(app[POOL], app[METRICS], stages)
 
 
+async def _make_change(request: web.Request, change: changes.Change) -> None:
+    shared = request.app.get(SHARED)
+    if shared is None:
+        changes.make(change, request.app[POOL])
+    else:
+        await shared.make(change)
+
+
 async def _metrics(request: web.Request) -> web.Response:
-    text = request.app[METRICS].render(request.app[POOL])
+    shared = request.app.get(SHARED)
+    if shared is None:
+        text = request.app[METRICS].render(request.app[POOL])
+    else:
+        text = await shared.page()
     return web.Response(body=text, headers={"Content-Type": CONTENT_TYPE_LATEST})

@@ -143,6 +143,12 @@ class Breaker:
         self._trial_at = now + self._backoff_s
         self._enter(BreakerState.OPEN)
 
+    def trip(self, now: float) -> None:
+        """Let no request pass for a while: they fail for others, who have counted."""
+        if self.state is BreakerState.CLOSED:
+            self._trial_at = now + self._backoff_s
+            self._enter(BreakerState.OPEN)
+
     def abandon(self, ticket: int) -> None:
         """The request ended without telling anything; another may be the trial."""
         if ticket == self._period and self.state is BreakerState.HALF_OPEN:

@@ -33,7 +33,6 @@ class Instance:
         probes: what the health probes found.
         breaker: stops requests while they fail there.
         draining: whether it gets no new requests and is removed once it is idle.
-        in_flight: requests that the router has open there.
         engine_id: of the running engine, another one after a restart; None: unknown.
         fingerprint: equal for instances that can exchange KV cache; None: unknown.
         heard: another address of a control endpoint, by an answer of the instance; None: no.
@@ -54,7 +53,6 @@ class Instance:
     probes: ProbeHistory
     breaker: Breaker
     draining: bool = False
-    in_flight: int = 0
     engine_id: str | None = None
     fingerprint: str | None = None
     heard: Address | None = None
@@ -67,6 +65,11 @@ class Instance:
     probed: asyncio.Event = field(default_factory=asyncio.Event)
     probe_now: asyncio.Event = field(default_factory=asyncio.Event)
     learn_now: asyncio.Event = field(default_factory=asyncio.Event)
+
+    @property
+    def in_flight(self) -> int:
+        """Requests that the router has open there."""
+        return self.ledger.in_flight
 
     @property
     def instance_id(self) -> str:
@@ -94,14 +97,15 @@ class Instance:
 
     def view(self, role: Role, now: float) -> InstanceView:
         """Return the instance as it is now, in one of its roles."""
+        in_flight, outstanding = self.ledger.totals()
         return InstanceView(
             role,
             self.base_url,
             self.healthy,
-            self.in_flight,
+            in_flight,
             accepting=not self.draining and self.breaker.admits(now),
             fingerprint=self.fingerprint,
-            outstanding=self.ledger.outstanding,
+            outstanding=outstanding,
             scrape=self.ledger.scrape,
         )
 

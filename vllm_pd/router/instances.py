@@ -11,11 +11,12 @@ from typing import Self
 
 from vllm_pd.config import InstanceSpec, Role, RoleLabel
 from vllm_pd.router.addresses import base_url, control_address, instance_id
-from vllm_pd.router.health import Breaker, HealthLimits, ProbeHistory
+from vllm_pd.router.health import Breaker, BreakerState, HealthLimits, ProbeHistory
 from vllm_pd.router.instance import Instance, describe
-from vllm_pd.router.loads import Work
+from vllm_pd.router.loads import Ledger, Work
 from vllm_pd.router.policy import InstanceView
 from vllm_pd.router.watcher import Control, Probe, Scrape, Sources, Watcher
+from vllm_pd.router.workers.board import Row
 
 logger = logging.getLogger(__name__)
 
@@ -43,14 +44,12 @@ class Use:
 
     def __enter__(self) -> Self:
         self._ticket = self._breaker.begin(self._clock())
-        self._instance.in_flight += 1
-        self._instance.ledger.begin(self._work)
+        self._instance.ledger.begin(self._work, num_requests=1)
         return self
 
     def __exit__(self, *exc_info: object) -> None:
         instance = self._instance
-        instance.ledger.end(self._work)
-        instance.in_flight -= 1
+        instance.ledger.end(self._work, num_requests=1)
         self._breaker.abandon(self._ticket)
         if instance.draining:
             instance.learn_now.set()
@@ -62,9 +61,12 @@ class Use:
     def failed(self, cause: BaseException) -> None:
         """The instance is gone, broke off or was too slow: its next probe decides."""
         now = self._clock()
+        was = self._breaker.state
         self._breaker.fail(self._ticket, now)
         self._instance.note_failure(cause, now)
         self._pool.mark_unhealthy(self._instance, cause)
+        if was is BreakerState.CLOSED and self._breaker.state is BreakerState.OPEN:
+            self._pool.tell_doubt(self._instance, tripped=True)
 
 
 class InstancePool:
@@ -81,6 +83,8 @@ class InstancePool:
         scrape: asks an instance for its metrics; None: its load is not known.
         control: asks control endpoints; None: nobody is asked.
         limits: how much it takes to change the mind about an instance.
+        row_of: where the workers of a router count what they have open on the instance at
+            a base URL; None: there is one process.
         clock: a monotonic clock, in seconds.
 
     Raises:
@@ -97,8 +101,10 @@ class InstancePool:
         scrape: Scrape | None = None,
         control: Control | None = None,
         limits: HealthLimits = HealthLimits(),  # noqa: B008  # frozen
+        row_of: Callable[[str], Row] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        self._row_of = row_of
         self._sources = Sources(probe, scrape, control, health_interval_s)
         self._limits = limits
         self._clock = clock
@@ -106,6 +112,7 @@ class InstancePool:
         self._watchers: dict[str, Watcher] = {}  # likewise
         self._stopping: set[asyncio.Task[None]] = set()
         self._on_lost: list[Callable[[Instance], None]] = []
+        self._on_doubt: list[Callable[[str, bool], None]] = []
         self._running = False
         for url in prefill_urls:
             self.add(InstanceSpec(url=url, role=RoleLabel.PREFILL))
@@ -125,6 +132,10 @@ class InstancePool:
         """Call ``on_lost`` whenever an instance has lost what it cached, or is removed."""
         self._on_lost.append(on_lost)
 
+    def subscribe_doubts(self, on_doubt: Callable[[str, bool], None]) -> None:
+        """Call ``on_doubt`` with what ``doubt`` takes, whenever a request shows that here."""
+        self._on_doubt.append(on_doubt)
+
     def add(self, spec: InstanceSpec) -> Instance:
         """Register an instance, or change the one at this address; that ends its drain.
 
@@ -138,9 +149,9 @@ class InstancePool:
             self.remove(instance)
             instance = None
         if instance is None:
-            return self._add(
-                Instance(url, spec.role, control, ProbeHistory(self._limits), Breaker(self._limits))
-            )
+            ledger = Ledger(self._row_of(url) if self._row_of else None)
+            probes, breaker = ProbeHistory(self._limits), Breaker(self._limits)
+            return self._add(Instance(url, spec.role, control, probes, breaker, ledger=ledger))
         self.relabel(instance, spec.role)
         if instance.control != control:
             instance.control, instance.engine_id, instance.fingerprint = control, None, None
@@ -224,6 +235,29 @@ class InstancePool:
                 instance.base_url,
                 describe(cause),
             )
+            self.tell_doubt(instance, tripped=False)
+
+    def tell_doubt(self, instance: Instance, *, tripped: bool) -> None:
+        """Tell who wants to know that requests have failed on an instance."""
+        for on_doubt in self._on_doubt:
+            on_doubt(instance.base_url, tripped)
+
+    def doubt(self, base_url: str, *, tripped: bool) -> None:
+        """Take over what another process of this router has found out about an instance.
+
+        Args:
+            base_url: of the instance.
+            tripped: whether its circuit breaker there has opened; if not, a request has
+                failed and the next probe decides.
+        """
+        instance = self._instances.get(base_url)
+        if instance is None:
+            return
+        if tripped:
+            instance.breaker.trip(self._clock())
+        elif instance.healthy:
+            instance.probes.note_failed_request()
+            instance.probe_now.set()
 
     async def start(self) -> None:
         """Begin to watch, and wait a moment for the first answers."""

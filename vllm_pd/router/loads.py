@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 import msgspec
 
+from vllm_pd.router.workers.board import Row
+
 _RUNNING = "vllm:num_requests_running"
 _WAITING = "vllm:num_requests_waiting"
 _KV_USAGE = "vllm:kv_cache_usage_perc"
@@ -74,7 +76,7 @@ class Scrape:
 
     @property
     def num_foreign(self) -> int:
-        """Sequences that came past this router: from its sibling processes or other clients.
+        """Sequences that came past this router: from other routers or other clients.
 
         Only these are added to what the router knows by itself, so that nothing
         counts twice, and what was sent since the scrape counts at once.
@@ -85,34 +87,74 @@ class Scrape:
 class Ledger:
     """What this router has open on one instance, and the last scrape of it.
 
+    Args:
+        row: where the workers of the router show each other what they have open; None:
+            there is one process.
+
     Attributes:
-        outstanding: the sum of all open work.
+        own_in_flight: requests that this process has open there.
         scrape: the last scrape, or None if the last attempt failed: an old one
             would count foreign work that may be long done.
     """
 
-    __slots__ = ("outstanding", "scrape")
+    __slots__ = ("_own", "_row", "own_in_flight", "scrape")
 
-    def __init__(self) -> None:
-        self.outstanding = Work()
+    def __init__(self, row: Row | None = None) -> None:
+        self._row = row
+        self._own = Work()
+        self.own_in_flight = 0
         self.scrape: Scrape | None = None
 
-    def begin(self, work: Work) -> None:
-        """Count work as outstanding, until ``end``."""
-        self.outstanding += work
+    @property
+    def in_flight(self) -> int:
+        """Requests that the router has open there."""
+        return self.totals()[0]
 
-    def end(self, work: Work) -> None:
-        """Count work as done."""
-        self.outstanding -= work
+    @property
+    def outstanding(self) -> Work:
+        """The sum of all open work."""
+        return self.totals()[1]
+
+    def totals(self) -> tuple[int, Work]:
+        """Return ``in_flight`` and ``outstanding`` of one moment."""
+        if self._row is None:
+            return self.own_in_flight, self._own
+        num_requests, prefill_tokens, kv_tokens, num_sequences = self._row.others()
+        work = self._own + Work(prefill_tokens, kv_tokens, num_sequences)
+        return self.own_in_flight + num_requests, work
+
+    def begin(self, work: Work, *, num_requests: int = 0) -> None:
+        """Count work as outstanding, until ``end``.
+
+        Args:
+            work: what there is to do.
+            num_requests: requests that begin with it; 0: it is part of one that has begun.
+        """
+        self._own += work
+        self.own_in_flight += num_requests
+        self._show(work, num_requests, 1)
+
+    def end(self, work: Work, *, num_requests: int = 0) -> None:
+        """Count work as done, with the arguments of ``begin``."""
+        self._own -= work
+        self.own_in_flight -= num_requests
+        self._show(work, num_requests, -1)
 
     @contextlib.contextmanager
-    def open(self, work: Work) -> Iterator[None]:
+    def open(self, work: Work, *, num_requests: int = 0) -> Iterator[None]:
         """Count work as outstanding for the time of the context."""
-        self.begin(work)
+        self.begin(work, num_requests=num_requests)
         try:
             yield
         finally:
-            self.end(work)
+            self.end(work, num_requests=num_requests)
+
+    def _show(self, work: Work, num_requests: int, sign: int) -> None:
+        # What has changed and not what is there: a ledger of the same instance from before
+        # its removal may count in the same row.
+        if self._row is not None:
+            changes = (num_requests, work.prefill_tokens, work.kv_tokens, work.num_sequences)
+            self._row.add(*(sign * change for change in changes))
 
     def note_scrape(self, load: Load | None, *, num_own_before: int) -> None:
         """Take the result of a scrape over.

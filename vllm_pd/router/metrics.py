@@ -18,6 +18,7 @@ from vllm_pd.router.pace import Pace
 from vllm_pd.router.spread import Spread
 from vllm_pd.router.timeline import Timeline
 from vllm_pd.router.usage import PromptDetails
+from vllm_pd.router.workers.merge import Page, page_of
 
 _QUEUE_BUCKETS = (0.001, 0.01, 0.1, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)  # seconds
 _REQUEST_BUCKETS = (
@@ -76,12 +77,15 @@ class _Gaps:
 
 
 class Metrics:
-    """The metrics of one app, in a registry of its own.
+    """The metrics of one process, in a registry of its own.
 
     Attributes:
         activity: the last minutes of them, for the dashboard.
         num_in_flight: requests that are being served.
     """
+
+    LEAST_OF = ("vllm_pd:router_instance_up",)
+    """Gauges of which the lowest value of all workers counts; others are added up."""
 
     def __init__(self) -> None:
         self._registry = CollectorRegistry()
@@ -280,6 +284,15 @@ class Metrics:
 
     def render(self, pool: InstancePool) -> bytes:
         """Return everything in Prometheus' text format."""
+        self._note_state(pool)
+        return generate_latest(self._registry)
+
+    def page(self, pool: InstancePool) -> Page:
+        """Return everything in a form that can be added up."""
+        self._note_state(pool)
+        return page_of(self._registry)
+
+    def _note_state(self, pool: InstancePool) -> None:
         self._tasks.set(len(asyncio.all_tasks()))
         self._in_flight.set(self.num_in_flight)
         self._instance_up.clear()  # of those that are not there any more, too
@@ -287,5 +300,4 @@ class Metrics:
         for instance in pool:
             labels = (instance.role.value, instance.base_url)
             self._instance_up.labels(*labels).set(pool.is_accepting(instance))
-            self._instance_in_flight.labels(*labels).set(instance.in_flight)
-        return generate_latest(self._registry)
+            self._instance_in_flight.labels(*labels).set(instance.ledger.own_in_flight)

@@ -13,6 +13,7 @@ from vllm_pd.router.admin import Admin, AdminKey
 from vllm_pd.router.instance import Instance
 from vllm_pd.router.instances import InstancePool
 from vllm_pd.router.loads import Load
+from vllm_pd.router.workers import changes
 
 AUTHORIZED = {"Authorization": "Bearer secret"}
 INSTANCES = "/admin/instances"
@@ -36,8 +37,11 @@ async def pool() -> AsyncIterator[InstancePool]:
 
 @pytest.fixture
 async def client(pool: InstancePool) -> AsyncIterator[Client]:
+    async def make(_request: web.Request, change: changes.Change) -> None:
+        changes.make(change, pool)
+
     app = web.Application()
-    app.add_routes(Admin(AdminKey("secret"), lambda _request: pool).routes())
+    app.add_routes(Admin(AdminKey("secret"), lambda _request: pool, make).routes())
     async with TestClient(TestServer(app)) as client:
         yield client
 

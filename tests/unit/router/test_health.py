@@ -203,3 +203,17 @@ class BreakerModel(RuleBasedStateMachine):
 
 
 TestBreakerModel = BreakerModel.TestCase
+
+
+def test_a_breaker_that_has_opened_elsewhere_opens_here(breaker: Breaker) -> None:
+    breaker.trip(10.0)
+    assert not breaker.admits(10.0)
+    assert breaker.admits(10.0 + LIMITS.backoff_s)
+
+
+def test_what_has_opened_elsewhere_does_not_disturb_a_trial(breaker: Breaker) -> None:
+    breaker.trip(10.0)
+    trial = breaker.begin(10.0 + LIMITS.backoff_s)
+    breaker.trip(12.0)
+    breaker.succeed(trial)
+    assert breaker.state is BreakerState.CLOSED

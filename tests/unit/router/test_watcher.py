@@ -302,8 +302,9 @@ async def test_an_instance_is_not_drained_while_a_request_is_open(
     world: World, start: StartWatcher
 ) -> None:
     instance = await start()
-    instance.draining, instance.in_flight = True, 1
-    await look(instance)
+    instance.draining = True
+    with instance.ledger.open(Work(), num_requests=1):
+        await look(instance)
 
     assert world.drained == []
 

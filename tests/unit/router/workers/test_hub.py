@@ -1,0 +1,112 @@
+from __future__ import annotations
+
+import pytest
+from prometheus_client import CollectorRegistry, Counter
+
+from vllm_pd.router.workers.changes import Drain
+from vllm_pd.router.workers.hub import Hub
+from vllm_pd.router.workers.merge import Page, page_of
+from vllm_pd.router.workers.messages import (
+    Answers,
+    Ask,
+    Asked,
+    Doubt,
+    MakeChange,
+    ShowMetrics,
+    Welcome,
+)
+
+DRAIN = MakeChange(Drain("a:80"))
+
+
+@pytest.fixture
+def hub() -> Hub:
+    """Three workers that know everything."""
+    hub = Hub()
+    for worker in range(3):
+        hub.join(worker)
+    return hub
+
+
+def page(count: int) -> Page:
+    registry = CollectorRegistry()
+    Counter("n", "N.", registry=registry).inc(count)
+    return page_of(registry)
+
+
+def total(answers: object) -> float:
+    assert isinstance(answers, Answers)
+    samples = [one for page in answers.pages for family in page for one in family.samples]
+    return sum(one.value for one in samples if one.name == "n_total")
+
+
+def asked(hub: Hub, question: MakeChange | ShowMetrics, *, origin: int = 0) -> int:
+    number, _ = hub.ask(origin, Ask(7, question))
+    assert number is not None
+    return number
+
+
+def test_a_change_goes_to_all_and_is_confirmed_when_all_have_made_it(hub: Hub) -> None:
+    number, outgoing = hub.ask(1, Ask(7, DRAIN))
+    assert outgoing == [(worker, Asked(number or 0, DRAIN)) for worker in range(3)]
+    assert hub.answer(0, number, ()) == hub.answer(1, number, ()) == []
+    assert hub.answer(2, number, ()) == [(1, Answers(7, ()))]
+
+
+def test_a_change_does_not_wait_for_who_has_died(hub: Hub) -> None:
+    number = asked(hub, DRAIN)
+    hub.answer(0, number, ())
+    hub.answer(1, number, ())
+    assert hub.lost(2) == [(0, Answers(7, ()))]
+
+
+def test_who_has_died_is_told_nothing(hub: Hub) -> None:
+    number = asked(hub, DRAIN, origin=2)
+    hub.lost(2)
+    assert hub.answer(0, number, ()) == hub.answer(1, number, ()) == []
+
+
+def test_who_does_not_answer_is_given_up(hub: Hub) -> None:
+    number = asked(hub, DRAIN)
+    hub.answer(0, number, ())
+    assert hub.give_up(number) == ({1, 2}, [(0, Answers(7, ()))])
+    assert hub.answer(1, number, ()) == []
+    assert hub.give_up(number) == (set(), [])
+
+
+def test_a_newcomer_is_told_what_has_changed(hub: Hub) -> None:
+    asked(hub, DRAIN)
+    assert hub.join(3) == [(3, Welcome((DRAIN.change,)))]
+
+
+def test_a_doubt_goes_to_the_others_and_nobody_waits(hub: Hub) -> None:
+    doubt = Doubt("http://a", tripped=True)
+    assert hub.ask(1, Ask(7, doubt)) == (None, [(0, Asked(0, doubt)), (2, Asked(0, doubt))])
+
+
+def test_the_metrics_are_those_of_all_workers(hub: Hub) -> None:
+    number = asked(hub, ShowMetrics())
+    hub.answer(0, number, page(1))
+    hub.answer(1, number, page(2))
+    ((origin, answers),) = hub.answer(2, number, page(4))
+    assert (origin, total(answers)) == (0, 7)
+
+
+def test_a_worker_that_is_silent_counts_with_what_it_has_shown_last(hub: Hub) -> None:
+    hub.answer(2, None, page(4))
+    number = asked(hub, ShowMetrics())
+    hub.answer(0, number, page(1))
+    hub.answer(1, number, page(2))
+    _, ((_, answers),) = hub.give_up(number)
+    assert total(answers) == 7
+
+
+def test_what_workers_had_counted_is_not_forgotten_when_they_die(hub: Hub) -> None:
+    for count, worker in ((10, 2), (20, 2)):
+        hub.join(worker)
+        hub.answer(worker, None, page(count))
+        hub.lost(worker)
+    number = asked(hub, ShowMetrics())
+    hub.answer(0, number, page(1))
+    ((_, answers),) = hub.answer(1, number, page(2))
+    assert total(answers) == 33
