@@ -1,0 +1,171 @@
+"""Two ranks in two processes: each runs one function of ``scenarios`` and reports.
+
+    python -m tests.fake_cann.ranks FOLDER SCENARIO RANK
+
+The root info goes from rank 0 to rank 1 through the parent, as a line in hexadecimal
+digits; the last line of a rank is its result, in JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Mapping
+from ctypes import byref, c_void_p
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from tests.fake_cann.abi import CannError, Libraries, check
+from tests.fake_cann.build import environment
+
+REPOSITORY = Path(__file__).resolve().parent.parent.parent
+
+
+class Rank:
+    """What a scenario works with: the libraries, its number, and its peer's."""
+
+    def __init__(self, libraries: Libraries, rank: int) -> None:
+        self.lib = libraries
+        self.rank = rank
+        self.peer = 1 - rank
+
+    def communicator(self, config: bytes | None = None) -> c_void_p:
+        """Return a communicator of both ranks.
+
+        Raises:
+            CannError: it was refused.
+        """
+        if self.rank == 0:
+            root_info = self.lib.root_info()
+            say(root_info.hex())
+        else:
+            root_info = bytes.fromhex(hear())
+        communicator = c_void_p()
+        call = self.lib.hccl.HcclCommInitRootInfoConfig
+        check(call(2, root_info, self.rank, config, byref(communicator)))
+        return communicator
+
+    def send(self, address: int, num_bytes: int, comm: c_void_p, stream: c_void_p) -> int:
+        """Return the code of HcclSend to the peer."""
+        return int(self.lib.hccl.HcclSend(address, num_bytes, 0, self.peer, comm, stream))
+
+    def recv(self, address: int, num_bytes: int, comm: c_void_p, stream: c_void_p) -> int:
+        """Return the code of HcclRecv from the peer."""
+        return int(self.lib.hccl.HcclRecv(address, num_bytes, 0, self.peer, comm, stream))
+
+    def synchronize(self, stream: c_void_p) -> int:
+        """Return the code of aclrtSynchronizeStream."""
+        return int(self.lib.acl.aclrtSynchronizeStream(stream))
+
+    def warm_up(self, comm: c_void_p, stream: c_void_p) -> None:
+        """Set up the link with one byte from rank 0 to rank 1."""
+        move = self.send if self.rank == 0 else self.recv
+        check(move(self.lib.device_memory(b"w"), 1, comm, stream))
+        check(self.synchronize(stream))
+
+
+def say(line: str) -> None:
+    """Give the parent a line."""
+    sys.stdout.write(line + "\n")
+    sys.stdout.flush()
+
+
+def hear() -> str:
+    """Wait for a line of the parent."""
+    return sys.stdin.readline().strip()
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How a rank ended."""
+
+    status: int
+    result: Any
+    stderr: str
+
+
+class RankProcess:
+    """A rank, seen from the test. Its standard input and output are lines."""
+
+    def __init__(self, folder: Path, scenario: str, rank: int, hooks: Mapping[str, str]) -> None:
+        hooks = {"ASCEND_RT_VISIBLE_DEVICES": str(rank), **hooks}
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "tests.fake_cann.ranks", str(folder), scenario, str(rank)],
+            cwd=REPOSITORY,
+            env=environment(folder, **hooks),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def tell(self, line: str) -> None:
+        """Give the rank a line."""
+        stdin = self._stream(self._process.stdin)
+        stdin.write(line + "\n")
+        stdin.flush()
+
+    def hear(self) -> str:
+        """Wait for a line of the rank."""
+        return self._stream(self._process.stdout).readline().strip()
+
+    def kill(self) -> None:
+        """End the rank as a crash would."""
+        self._process.kill()
+
+    def outcome(self) -> Outcome:
+        """Wait for the end, at most a minute."""
+        stdout, stderr = self._process.communicate(timeout=60)
+        lines = stdout.strip().splitlines()
+        result = json.loads(lines[-1]) if lines and self._process.returncode == 0 else None
+        return Outcome(self._process.returncode, result, stderr)
+
+    @staticmethod
+    def _stream(stream: IO[str] | None) -> IO[str]:
+        assert stream is not None
+        return stream
+
+
+class Pair:
+    """Two ranks that run the same scenario; use as a context manager."""
+
+    def __init__(self, folder: Path, scenario: str, *hooks: Mapping[str, str]) -> None:
+        both = hooks * 2 if len(hooks) == 1 else hooks or ({}, {})
+        self.ranks = [RankProcess(folder, scenario, rank, both[rank]) for rank in (0, 1)]
+
+    def __enter__(self) -> Pair:
+        self.introduce()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for rank in self.ranks:
+            rank.kill()
+            rank.outcome()
+
+    def introduce(self) -> None:
+        """Carry a root info from rank 0 to rank 1."""
+        self.ranks[1].tell(self.ranks[0].hear())
+
+    def outcomes(self) -> tuple[Outcome, Outcome]:
+        """Wait for both ranks."""
+        first, second = (rank.outcome() for rank in self.ranks)
+        return first, second
+
+
+def main(folder: str, scenario: str, rank: str) -> None:
+    """Run one rank."""
+    from tests.fake_cann import scenarios  # noqa: PLC0415 - it imports this module
+
+    libraries = Libraries(Path(folder))
+    check(libraries.acl.aclrtSetDevice(0))
+    try:
+        result = getattr(scenarios, scenario)(Rank(libraries, int(rank)))
+    except CannError as error:
+        result = {"error": error.code}
+    say(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
