@@ -15,7 +15,12 @@ SOURCES = Path(__file__).resolve().parent / "src"
 ASCENDCL = "libascendcl.so"
 # Every library beside libascendcl links against it.
 LIBRARIES = {
-    ASCENDCL: ["hooks.c", "device.c", "memory.c", "stream.c", "capture.c"],
+    ASCENDCL: ["hooks.c", "device.c", "memory.c", "stream.c", "capture.c", "compat.c"],
+    # torch_npu names these, too; the double keeps all of AscendCL in one library.
+    "libacl_op_compiler.so": [],
+    "libacl_tdt_channel.so": [],
+    "libge_runner.so": [],
+    "libgraph.so": [],
     "libhccl.so": ["hccl.c", "config.c", "sockets.c", "rendezvous.c", "links.c"],
 }
 FLAGS = ["-std=gnu11", "-O1", "-g", "-fPIC", "-shared", "-pthread", "-fvisibility=hidden"]
@@ -48,9 +53,10 @@ def build(folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     for library, sources in LIBRARIES.items():
         command = [compiler, *FLAGS, f"-Wl,-soname,{library}", "-o", str(folder / library)]
-        command += [str(SOURCES / source) for source in sources]
+        command += [str(SOURCES / source) for source in sources or ["nothing.c"]]
         if library != ASCENDCL:
-            command += [f"-L{folder}", "-lascendcl", "-Wl,-rpath,$ORIGIN", "-Wl,-z,defs"]
+            command += ["-Wl,--no-as-needed", f"-L{folder}", "-lascendcl"]
+            command += ["-Wl,-rpath,$ORIGIN", "-Wl,-z,defs"]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             raise BuildError(f"{library} does not build:\n{done.stderr}")

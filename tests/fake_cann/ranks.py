@@ -156,7 +156,7 @@ class Pair:
 
 def main(folder: str, scenario: str, rank: str) -> None:
     """Run one rank."""
-    from tests.fake_cann import scenarios  # noqa: PLC0415 - it imports this module
+    from tests.fake_cann import scenarios
 
     libraries = Libraries(Path(folder))
     check(libraries.acl.aclrtSetDevice(0))
