@@ -1,6 +1,7 @@
 /* HcclCommConfig: which of its fields count depends on size and version (facts section 2). */
 #include "hccl.h"
 
+#include <stdio.h>
 #include <string.h>
 
 #define NOT_SET 0xffffffffu
@@ -48,7 +49,7 @@ HcclResult read_settings(const void *given, struct settings *s)
         s->deterministic = c.deterministic == NOT_SET ? 0 : c.deterministic;
     }
     if (c.version >= 2)
-        memcpy(s->name, c.name, sizeof s->name - 1);
+        snprintf(s->name, sizeof s->name, "%.127s", c.name);
     if (c.version >= 4)
         s->expansion_mode = c.expansion_mode == NOT_SET ? 0 : c.expansion_mode;
     if (c.version >= 8 && c.exec_timeout_s != -1)

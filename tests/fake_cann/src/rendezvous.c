@@ -78,7 +78,12 @@ static HcclResult check(const struct gathering *g, const struct membership *m)
         return fake_error(HCCL_E_PARA, "rendezvous: rank %u of %u, others say %u ranks", m->rank,
                           m->num_ranks, first->num_ranks);
     if (memcmp(&m->settings, &first->settings, sizeof m->settings))
-        return fake_error(HCCL_E_PARA, "rendezvous: ranks %u and %u have different configurations", first->rank, m->rank);
+        return fake_error(HCCL_E_PARA,
+                          "rendezvous: ranks %u and %u differ in their configurations: buffer %u and "
+                          "%u MB, execution timeout %d and %d s, name '%s' and '%s'",
+                          first->rank, m->rank, first->settings.buffer_mb, m->settings.buffer_mb,
+                          first->settings.exec_timeout_s, m->settings.exec_timeout_s,
+                          first->settings.name, m->settings.name);
     if (strcmp(m->soc, first->soc))
         return fake_error(HCCL_E_NOT_SUPPORT, "rendezvous: %s and %s in one communicator", first->soc, m->soc);
     for (uint32_t i = 0; i < g->count; i++) {
