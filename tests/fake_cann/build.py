@@ -21,6 +21,7 @@ LIBRARIES = {
     "libacl_tdt_channel.so": [],
     "libge_runner.so": [],
     "libgraph.so": [],
+    "libopapi.so": ["opapi.c", "tensors.c"],
     "libhccl.so": ["hccl.c", "config.c", "sockets.c", "rendezvous.c", "links.c"],
 }
 FLAGS = ["-std=gnu11", "-O1", "-g", "-fPIC", "-shared", "-pthread", "-fvisibility=hidden"]

@@ -5,7 +5,6 @@
 #define _GNU_SOURCE
 #include "internal.h"
 
-#include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -182,9 +181,35 @@ EXPORT void aclopDestroyAttr(void *attributes)
     free(attributes);
 }
 
+/* torch_npu submits it late, and goes on in silence after an error: so this ends the process. */
 EXPORT aclError aclopCompileAndExecute(const char *name)
 {
-    char what[128];
-    snprintf(what, sizeof what, "the operator %s", name);
-    return refuse(what);
+    fake_rule_broken("the operator %s is not provided by the double of CANN", name);
+}
+
+/* FAKE_CANN_VERSION, for every package of CANN. */
+struct version {
+    char text[128], parts[4][64], reserved[128];
+};
+
+static const char *version_text(void)
+{
+    return fake_env_text("FAKE_CANN_VERSION", "9.1.0");
+}
+
+EXPORT aclError aclsysGetCANNVersion(int package, struct version *version)
+{
+    (void)package;
+    memset(version, 0, sizeof *version);
+    snprintf(version->text, sizeof version->text, "%s", version_text());
+    sscanf(version_text(), "%63[^.].%63[^.].%63[^.].%63s", version->parts[0], version->parts[1],
+           version->parts[2], version->parts[3]);
+    return ACL_SUCCESS;
+}
+
+EXPORT aclError aclsysGetVersionStr(const char *package, char *text)
+{
+    (void)package;
+    snprintf(text, 128, "%s", version_text());
+    return ACL_SUCCESS;
 }
