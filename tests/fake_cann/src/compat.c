@@ -30,6 +30,7 @@ ACCEPTED(aclrtSetOpWaitTimeout)
 ACCEPTED(aclrtSetDeviceSatMode)
 ACCEPTED(aclrtDeviceEnablePeerAccess)
 ACCEPTED(aclrtProcessReport)
+ACCEPTED(aclrtSetStreamAttribute)
 
 /* Kernels, models and memory sharing between processes. */
 REFUSED(aclrtBinaryGetFunction)
