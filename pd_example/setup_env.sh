@@ -3,7 +3,7 @@
 #
 #   source pd_example/setup_env.sh
 #   setup_env           # sets PD_PYTHON and VLLM_PD (an array: the command)
-#   setup_env --test    # with what tests/run.sh needs, too: tools, the oldest vLLM, NIXL, chromium
+#   setup_env --test    # with what tests/run.sh needs, too: tools, the oldest vLLM, torch-npu, NIXL, chromium
 #   find_env            # the same without installing anything; fails where there is none
 #
 # Environment variables:
@@ -167,8 +167,7 @@ pd_setup_venv() {
   mkdir -p "$PD_VENV"
   echo "$device" >"$PD_VENV/.stamp-device"
   : >"$PD_LOG"
-  rm -f "$PD_VENV/.stamp-engine" "$PD_VENV/.stamp-test" "$PD_VENV/.stamp-vllm-0.23" \
-    "$PD_VENV/.stamp-nixl"
+  rm -f "$PD_VENV"/.stamp-{engine,test,vllm-0.23,torch-npu,nixl}
   pd_step "making the virtual environment with $("$python" --version)" \
     "$python" -m venv "$PD_VENV" || pd_step_failed "the virtual environment could not be made"
   pd_step "installing PyTorch" pd_install_torch "$device" ||
@@ -198,27 +197,29 @@ pd_setup_test_tools() {
   pd_unlock
 }
 
-# A virtual environment in which vLLM 0.23 comes before the packages of PD_VENV.
-pd_install_vllm_0_23() {
-  local folder=$PD_VENV/vllm-0.23 packages
+# A virtual environment in which the packages of requirements/NAME.txt come before PD_VENV's.
+#   pd_install_beside NAME
+pd_install_beside() {
+  local folder=$PD_VENV/$1 packages
   rm -rf "$folder"
   "$PD_PYTHON" -m venv --without-pip "$folder" || return
   "$PD_PYTHON" -m pip --disable-pip-version-check --python "$folder/bin/python" \
-    install --no-input --no-deps --requirement "$PD_REPO/requirements/vllm-0.23.txt" || return
+    install --no-input --no-deps --requirement "$PD_REPO/requirements/$1.txt" || return
   packages=$("$PD_PYTHON" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
-  # After the installation: pip would otherwise see the other vLLM and leave it at that.
+  # After the installation: pip would otherwise see the other packages and leave it at that.
   echo "import site; site.addsitedir('$packages')" \
     >"$("$folder/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/beside.pth"
 }
 
-pd_setup_vllm_0_23() {
+# For the tests: pd_setup_beside NAME "what it is"
+pd_setup_beside() {
   local wanted
-  wanted=$(pd_wanted requirements/vllm-0.23.txt)
-  pd_is_done vllm-0.23 "$wanted" && return
+  wanted=$(pd_wanted "requirements/$1.txt")
+  pd_is_done "$1" "$wanted" && return
   pd_lock
-  pd_step "installing vLLM 0.23 beside it, for its tests" pd_install_vllm_0_23 ||
-    pd_step_failed "vLLM 0.23 could not be installed"
-  echo "$wanted" >"$PD_VENV/.stamp-vllm-0.23"
+  pd_step "installing $2 beside it, for its tests" pd_install_beside "$1" ||
+    pd_step_failed "$2 could not be installed"
+  echo "$wanted" >"$PD_VENV/.stamp-$1"
   pd_unlock
 }
 
@@ -302,7 +303,8 @@ setup_env() {
     pd_setup_venv "$device"
     if [[ ${1:-} == --test ]]; then
       pd_setup_test_tools
-      pd_setup_vllm_0_23
+      pd_setup_beside vllm-0.23 "vLLM 0.23"
+      pd_setup_beside torch-npu "torch-npu"
       pd_setup_nixl
       pd_setup_browser
     fi

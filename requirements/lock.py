@@ -3,6 +3,7 @@
     python requirements/lock.py cpu  > requirements/cpu.txt
     python requirements/lock.py cuda > requirements/cuda.txt
     python requirements/lock.py test > requirements/test.txt
+    python requirements/lock.py torch-npu > requirements/torch-npu.txt
 
 The lock is installed with ``pip install --no-deps``, so it decides alone what
 is installed. That is needed because vLLM's metadata asks for packages that
@@ -29,6 +30,8 @@ ENGINES = {
 # On CPU, text serving imports none of these, and their PyPI builds are for CUDA
 # (1 GB and more). xgrammar names triton and works without it.
 EXCLUDED = {"cpu": {"torchvision", "torchaudio", "torchcodec", "triton"}}
+# Installed beside the CPU engine, whose lock is installed first.
+BESIDE = ("test", "torch-npu")
 HERE = Path(__file__).resolve().parent
 
 
@@ -68,8 +71,8 @@ def main(target: str) -> None:
     excluded = EXCLUDED.get(target, set())
     roots = [r for engine in engines for r in engine_requirements(engine, excluded)]
     constraints: list[str] = []
-    if target == "test":
-        roots = read_in_file("test")
+    if target in BESIDE:
+        roots = read_in_file(target)
         constraints = ["--constraint", str(HERE / "cpu.txt")]
     else:
         roots += read_in_file("base")
@@ -79,7 +82,7 @@ def main(target: str) -> None:
     env["PIP_CONFIG_FILE"] = os.devnull
     plan = pip_report(roots, *constraints, env=env if target == "cuda" else None)
     pins = {normalized(e["metadata"]["name"]): e["metadata"]["version"] for e in plan}
-    if target == "test":  # the engine's lock is installed first; list only what is added
+    if target in BESIDE:  # list only what is added
         for line in read_in_file_or_lock("cpu"):
             pins.pop(normalized(line), None)
     lines = [f"{n}=={v}" for n, v in sorted(pins.items()) if n not in excluded] + engines
@@ -95,6 +98,6 @@ def read_in_file_or_lock(name: str) -> list[str]:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2 or sys.argv[1] not in {*ENGINES, "test"}:
-        sys.exit(f"usage: {sys.argv[0]} cpu|cuda|test")
+    if len(sys.argv) != 2 or sys.argv[1] not in {*ENGINES, *BESIDE}:
+        sys.exit(f"usage: {sys.argv[0]} cpu|cuda|test|torch-npu")
     main(sys.argv[1])

@@ -1,9 +1,7 @@
 /* Devices and contexts. A context is nothing but its device here. */
 #include "internal.h"
 
-#include <stdio.h>
 #include <stdlib.h>
-#include <string.h>
 
 static _Thread_local int current = -1;
 

@@ -11,15 +11,59 @@
 #include <time.h>
 #include <unistd.h>
 
+/*
+ * Hooks of the double are read from the environment once and are set with fakeSet from then on:
+ * streams read them all the time, and getenv beside setenv is not safe. CANN's own variables
+ * are read when CANN would.
+ */
+#define MAX_HOOKS 32
+static struct {
+    const char *name;
+    char *text;
+} hooks[MAX_HOOKS];
+static int num_hooks;
+static pthread_mutex_t hooks_lock = PTHREAD_MUTEX_INITIALIZER;
+
+/* Texts are never freed: somebody may still read one. */
+static char **hook(const char *name)
+{
+    for (int i = 0; i < num_hooks; i++)
+        if (!strcmp(hooks[i].name, name))
+            return &hooks[i].text;
+    if (num_hooks == MAX_HOOKS)
+        fake_rule_broken("more hooks than there are");
+    const char *text = getenv(name);
+    hooks[num_hooks].name = strdup(name);
+    hooks[num_hooks].text = text ? strdup(text) : NULL;
+    return &hooks[num_hooks++].text;
+}
+
+EXPORT void fakeSet(const char *name, const char *text)
+{
+    pthread_mutex_lock(&hooks_lock);
+    *hook(name) = text ? strdup(text) : NULL;
+    pthread_mutex_unlock(&hooks_lock);
+}
+
+static const char *lookup(const char *name)
+{
+    if (strncmp(name, "FAKE_", 5))
+        return getenv(name);
+    pthread_mutex_lock(&hooks_lock);
+    const char *text = *hook(name);
+    pthread_mutex_unlock(&hooks_lock);
+    return text;
+}
+
 double fake_env_number(const char *name, double otherwise)
 {
-    const char *text = getenv(name);
+    const char *text = lookup(name);
     return text && *text ? strtod(text, NULL) : otherwise;
 }
 
 const char *fake_env_text(const char *name, const char *otherwise)
 {
-    const char *text = getenv(name);
+    const char *text = lookup(name);
     return text && *text ? text : otherwise;
 }
 
@@ -48,24 +92,25 @@ void fake_sleep(double seconds)
         fake_sleep_until(fake_now() + seconds);
 }
 
-/* FAKE_CANN_FAIL is a list NAME:CALL:CODE,... where CALL counts from 1. */
+/* FAKE_CANN_FAIL is a list NAME:CALL:CODE,... where CALL counts from 1, since it was set. */
 #define MAX_FAILURES 16
 static struct {
     char name[64];
     long call, code, seen;
 } failures[MAX_FAILURES];
 static int num_failures;
+static const char *failures_text;
 static pthread_mutex_t failures_lock = PTHREAD_MUTEX_INITIALIZER;
-static pthread_once_t failures_once = PTHREAD_ONCE_INIT;
 
-static void read_failures(void)
+static void read_failures(const char *text)
 {
-    const char *at = getenv("FAKE_CANN_FAIL");
-    while (at && *at && num_failures < MAX_FAILURES) {
+    num_failures = 0;
+    failures_text = text;
+    for (const char *at = text; at && *at && num_failures < MAX_FAILURES;) {
         if (sscanf(at, "%63[^:]:%ld:%ld", failures[num_failures].name,
                    &failures[num_failures].call, &failures[num_failures].code) != 3)
             fake_rule_broken("FAKE_CANN_FAIL: expected NAME:CALL:CODE, found '%s'", at);
-        num_failures++;
+        failures[num_failures++].seen = 0;
         at = strchr(at, ',');
         at = at ? at + 1 : NULL;
     }
@@ -74,8 +119,10 @@ static void read_failures(void)
 int fake_failure(const char *name)
 {
     int code = 0;
-    pthread_once(&failures_once, read_failures);
+    const char *text = fake_env_text("FAKE_CANN_FAIL", "");
     pthread_mutex_lock(&failures_lock);
+    if (text != failures_text)
+        read_failures(text);
     for (int i = 0; i < num_failures; i++)
         if (!strcmp(failures[i].name, name) && ++failures[i].seen == failures[i].call)
             code = (int)failures[i].code;

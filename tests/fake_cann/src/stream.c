@@ -317,6 +317,26 @@ EXPORT aclError aclrtStreamQuery(void *stream, int *status)
     return error;
 }
 
+struct host_call {
+    void (*function)(void *);
+    void *argument;
+};
+
+static aclError run_host_call(void *argument)
+{
+    struct host_call *call = argument;
+    call->function(call->argument);
+    return ACL_SUCCESS;
+}
+
+/* A function of the host, in its turn on the stream. */
+EXPORT aclError aclrtLaunchHostFunc(void *stream, void (*function)(void *), void *argument)
+{
+    struct host_call *call = malloc(sizeof *call);
+    *call = (struct host_call){function, argument};
+    return fake_enqueue(stream, run_host_call, call, free);
+}
+
 EXPORT aclError aclrtCreateEventExWithFlag(void **event, uint32_t flag)
 {
     struct event *e = calloc(1, sizeof *e);
