@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import struct
+import threading
 from ctypes import CDLL, byref, c_char_p, c_int, c_size_t, c_uint32, c_uint64, c_void_p
 from pathlib import Path
 
@@ -16,6 +17,9 @@ INT8, FP16, UINT8 = 0, 3, 7
 HOST_TO_DEVICE, DEVICE_TO_HOST, DEVICE_TO_DEVICE = 1, 2, 3
 CONFIG_LEN = {1: 32, 8: 2104, 9: 2232, 10: 2240}
 NOT_SET = 0xFFFFFFFF
+
+
+HostFunction = ctypes.CFUNCTYPE(None, c_void_p)
 
 
 class SendRecvItem(ctypes.Structure):
@@ -76,11 +80,17 @@ class Libraries:
         two = ("RecordEvent", "StreamWaitEvent", "QueryEventStatus", "StreamQuery")
         for name in two:
             getattr(self.acl, f"aclrt{name}").argtypes = [c_void_p, c_void_p]
+        self.acl.aclrtLaunchHostFunc.argtypes = [c_void_p, HostFunction, c_void_p]
+        self.acl.fakeSet.argtypes = [c_char_p, c_char_p]
         self.acl.aclrtSetStreamFailureMode.argtypes = [c_void_p, c_uint64]
         self.acl.aclmdlRICaptureBegin.argtypes = [c_void_p, c_int]
         self.acl.aclmdlRICaptureEnd.argtypes = [c_void_p, c_void_p]
         self.acl.aclmdlRIExecuteAsync.argtypes = [c_void_p, c_void_p]
         self.acl.aclmdlRIDestroy.argtypes = [c_void_p]
+
+    def set_hook(self, name: str, text: str | None) -> None:
+        """Change a hook of the double in this process."""
+        self.acl.fakeSet(name.encode(), None if text is None else text.encode())
 
     def stream(self) -> c_void_p:
         """Return a new stream."""
@@ -115,6 +125,11 @@ class Libraries:
         check(self.acl.aclrtMemcpy(content, num_bytes, address, num_bytes, DEVICE_TO_HOST))
         return content.raw
 
+    def copy_async(self, target: int, source: int, num_bytes: int, stream: c_void_p) -> int:
+        """Return the code of an asynchronous copy inside the device."""
+        copy = self.acl.aclrtMemcpyAsync
+        return int(copy(target, num_bytes, source, num_bytes, DEVICE_TO_DEVICE, stream))
+
     def free_memory(self) -> int:
         """Return how many bytes of device memory are left."""
         free, total = c_size_t(), c_size_t()
@@ -126,6 +141,19 @@ class Libraries:
         root_info = ctypes.create_string_buffer(ROOT_INFO_LEN)
         check(self.hccl.HcclGetRootInfo(root_info))
         return root_info.raw
+
+
+class Gate:
+    """Work that keeps its stream waiting until it is opened."""
+
+    def __init__(self, libraries: Libraries, stream: c_void_p) -> None:
+        self._opened = threading.Event()
+        self._function = HostFunction(lambda _: self._opened.wait(30) and None)
+        check(libraries.acl.aclrtLaunchHostFunc(stream, self._function, None))
+
+    def open(self) -> None:
+        """Let the stream go on."""
+        self._opened.set()
 
 
 def check(code: int) -> None:
