@@ -65,6 +65,7 @@ class Libraries:
         self.hccl.HcclCommDestroy.argtypes = [c_void_p]
         self.hccl.HcclGetCommAsyncError.argtypes = [c_void_p, c_void_p]
         self.hccl.HcclGetCommName.argtypes = [c_void_p, c_void_p]
+        self.hccl.fakeHcclNumInSetup.argtypes = [c_void_p]
         self.hccl.HcclGetErrorString.restype = c_char_p
         self.hccl.fakeHcclNumChunks.restype = c_size_t
         self.acl.aclrtMalloc.argtypes = [c_void_p, c_size_t, c_int]

@@ -401,3 +401,13 @@ EXPORT const char *HcclGetErrorString(HcclResult code)
         [22] = "error communicator suspending", [23] = "retry constraint", [24] = "out of memory"};
     return code >= 0 && code <= 24 ? texts[code] : "unknown error";
 }
+
+/* For tests: how many threads are setting up links of this communicator. */
+EXPORT int fakeHcclNumInSetup(void *handle)
+{
+    struct comm *comm = handle;
+    pthread_mutex_lock(&comm->lock);
+    int count = comm->num_in_setup;
+    pthread_mutex_unlock(&comm->lock);
+    return count;
+}
