@@ -8,9 +8,12 @@ digits; the last line of a rank is its result, in JSON.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 import sys
+import tempfile
+import threading
 from collections.abc import Mapping
 from ctypes import byref, c_void_p
 from dataclasses import dataclass
@@ -90,14 +93,16 @@ class RankProcess:
     """A rank, seen from the test. Its standard input and output are lines."""
 
     def __init__(self, folder: Path, scenario: str, rank: int, hooks: Mapping[str, str]) -> None:
+        self._outcome: Outcome | None = None
         hooks = {"ASCEND_RT_VISIBLE_DEVICES": str(rank), **hooks}
+        self._stderr = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed in outcome
         self._process = subprocess.Popen(
             [sys.executable, "-m", "tests.fake_cann.ranks", str(folder), scenario, str(rank)],
             cwd=REPOSITORY,
             env=environment(folder, **hooks),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
+            stderr=self._stderr,
             text=True,
         )
 
@@ -116,11 +121,29 @@ class RankProcess:
         self._process.kill()
 
     def outcome(self) -> Outcome:
-        """Wait for the end, at most a minute."""
-        stdout, stderr = self._process.communicate(timeout=60)
-        lines = stdout.strip().splitlines()
-        result = json.loads(lines[-1]) if lines and self._process.returncode == 0 else None
-        return Outcome(self._process.returncode, result, stderr)
+        """Wait for the end, at most half a minute; later calls return the same."""
+        if self._outcome is None:
+            # Not communicate(): it loses what hear() has read ahead.
+            watchdog = threading.Timer(30, self._process.kill)
+            watchdog.start()
+            lines = self._stream(self._process.stdout).read().strip().splitlines()
+            status = self._process.wait()
+            watchdog.cancel()
+            self._outcome = Outcome(
+                status,
+                json.loads(lines[-1]) if lines and status == 0 else None,
+                self._close(),
+            )
+        return self._outcome
+
+    def _close(self) -> str:
+        """Close all files and return what the rank wrote to standard error."""
+        self._stream(self._process.stdout).close()
+        with contextlib.suppress(BrokenPipeError):
+            self._stream(self._process.stdin).close()
+        with self._stderr:
+            self._stderr.seek(0)
+            return self._stderr.read()
 
     @staticmethod
     def _stream(stream: IO[str] | None) -> IO[str]:
@@ -136,17 +159,13 @@ class Pair:
         self.ranks = [RankProcess(folder, scenario, rank, both[rank]) for rank in (0, 1)]
 
     def __enter__(self) -> Pair:
-        self.introduce()
+        self.ranks[1].tell(self.ranks[0].hear())  # the root info
         return self
 
     def __exit__(self, *_: object) -> None:
         for rank in self.ranks:
             rank.kill()
             rank.outcome()
-
-    def introduce(self) -> None:
-        """Carry a root info from rank 0 to rank 1."""
-        self.ranks[1].tell(self.ranks[0].hear())
 
     def outcomes(self) -> tuple[Outcome, Outcome]:
         """Wait for both ranks."""

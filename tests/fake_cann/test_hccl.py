@@ -254,8 +254,7 @@ def test_nothing_is_issued_during_graph_capture(fake_cann: Path) -> None:
 
 
 def test_operations_fail_where_a_test_asks_for_it(fake_cann: Path) -> None:
-    hooks = ({}, {"FAKE_CANN_FAIL": f"HcclRecv:1:{REMOTE}"})
-    with Pair(fake_cann, "send_and_receive", *hooks) as pair:
+    with Pair(fake_cann, "send_and_receive", {"FAKE_CANN_FAIL": f"HcclRecv:1:{REMOTE}"}) as pair:
         seen = pair.ranks[1].outcome().result
     assert seen["issue"] == REMOTE
 
