@@ -346,9 +346,10 @@ def root_is_gone(rank: Rank) -> dict[str, Any]:
 
 def make_root(rank: Rank) -> dict[str, Any]:
     """Make two root infos; a port is held for each."""
-    say("")
     if rank.rank == 1:
+        hear()
         return {}
+    say("rank 1 is not needed")
     codes = []
     for _ in range(2):
         try:
