@@ -82,24 +82,23 @@ def hear() -> str:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """How a rank ended."""
+    """How a process ended; its last line of output is the result, in JSON."""
 
     status: int
     result: Any
     stderr: str
 
 
-class RankProcess:
-    """A rank, seen from the test. Its standard input and output are lines."""
+class Child:
+    """A process whose standard input and output are lines, seen from the test."""
 
-    def __init__(self, folder: Path, scenario: str, rank: int, hooks: Mapping[str, str]) -> None:
+    def __init__(self, *arguments: str, env: Mapping[str, str]) -> None:
         self._outcome: Outcome | None = None
-        hooks = {"ASCEND_RT_VISIBLE_DEVICES": str(rank), **hooks}
         self._stderr = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed in outcome
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.fake_cann.ranks", str(folder), scenario, str(rank)],
+            [sys.executable, *arguments],
             cwd=REPOSITORY,
-            env=environment(folder, **hooks),
+            env=env,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._stderr,
@@ -107,17 +106,17 @@ class RankProcess:
         )
 
     def tell(self, line: str) -> None:
-        """Give the rank a line."""
+        """Give the process a line."""
         stdin = self._stream(self._process.stdin)
         stdin.write(line + "\n")
         stdin.flush()
 
     def hear(self) -> str:
-        """Wait for a line of the rank."""
+        """Wait for a line of the process."""
         return self._stream(self._process.stdout).readline().strip()
 
     def kill(self) -> None:
-        """End the rank as a crash would."""
+        """End the process as a crash would."""
         self._process.kill()
 
     def outcome(self) -> Outcome:
@@ -137,7 +136,7 @@ class RankProcess:
         return self._outcome
 
     def _close(self) -> str:
-        """Close all files and return what the rank wrote to standard error."""
+        """Close all files and return what the process wrote to standard error."""
         self._stream(self._process.stdout).close()
         with contextlib.suppress(BrokenPipeError):
             self._stream(self._process.stdin).close()
@@ -151,12 +150,18 @@ class RankProcess:
         return stream
 
 
+def rank_process(folder: Path, scenario: str, rank: int, hooks: Mapping[str, str]) -> Child:
+    """Start one rank, on a device of its own."""
+    env = environment(folder, **{"ASCEND_RT_VISIBLE_DEVICES": str(rank), **hooks})
+    return Child("-m", "tests.fake_cann.ranks", str(folder), scenario, str(rank), env=env)
+
+
 class Pair:
     """Two ranks that run the same scenario; use as a context manager."""
 
     def __init__(self, folder: Path, scenario: str, *hooks: Mapping[str, str]) -> None:
         both = hooks * 2 if len(hooks) == 1 else hooks or ({}, {})
-        self.ranks = [RankProcess(folder, scenario, rank, both[rank]) for rank in (0, 1)]
+        self.ranks = [rank_process(folder, scenario, rank, both[rank]) for rank in (0, 1)]
 
     def __enter__(self) -> Pair:
         self.ranks[1].tell(self.ranks[0].hear())  # the root info

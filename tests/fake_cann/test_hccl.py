@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from tests.fake_cann.abi import Libraries, comm_config
-from tests.fake_cann.ranks import Pair, RankProcess
+from tests.fake_cann.ranks import Pair, rank_process
 
 PARA, PTR, NOT_SUPPORT, UNAVAIL, TIMEOUT = 1, 2, 5, 7, 9
 TCP_CONNECT, RUNTIME, AGAIN, REMOTE, OOM = 11, 15, 20, 21, 24
@@ -180,7 +180,7 @@ def test_a_rank_that_stays_alone_gives_up(fake_cann: Path) -> None:
 
 def test_a_rank_whose_root_is_gone_gives_up(fake_cann: Path) -> None:
     hooks = {"FAKE_CANN_TIME_SCALE": "0.01", "HCCL_CONNECT_TIMEOUT": "20"}
-    ranks = [RankProcess(fake_cann, "root_is_gone", rank, hooks) for rank in (0, 1)]
+    ranks = [rank_process(fake_cann, "root_is_gone", rank, hooks) for rank in (0, 1)]
     root_info = ranks[0].hear()
     ranks[0].kill()
     ranks[0].outcome()

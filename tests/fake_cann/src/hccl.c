@@ -402,6 +402,13 @@ EXPORT const char *HcclGetErrorString(HcclResult code)
     return code >= 0 && code <= 24 ? texts[code] : "unknown error";
 }
 
+/* torch_npu sets what is deterministic here; there is nothing to set. */
+EXPORT HcclResult HcclSetConfig(int config, int32_t value)
+{
+    (void)config, (void)value;
+    return HCCL_SUCCESS;
+}
+
 /* For tests: how many threads are setting up links of this communicator. */
 EXPORT int fakeHcclNumInSetup(void *handle)
 {
