@@ -1,4 +1,4 @@
-"""The tests of ``tests/npu``, in the environment with torch-npu that ``tests/run.sh`` makes."""
+"""The tests of ``in_torch_npu``, in the environment that ``tests/run.sh`` makes for it."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from tests.fake_cann.build import environment
 from tests.fake_cann.ranks import REPOSITORY
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(480)]
+TESTS = Path(__file__).resolve().parent / "in_torch_npu"
 
 
 @pytest.fixture(scope="module")
@@ -26,8 +27,9 @@ def npu_python() -> str:
 
 
 def test_npu_tests_pass_in_torch_npu(npu_python: str, fake_cann: Path) -> None:
+    command = [npu_python, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(TESTS)]
     done = subprocess.run(
-        [npu_python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/npu"],
+        command,
         cwd=REPOSITORY,
         env=environment(fake_cann, TASK_QUEUE_ENABLE="1"),
         stdout=subprocess.PIPE,

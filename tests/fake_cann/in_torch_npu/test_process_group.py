@@ -10,7 +10,7 @@ from tests.fake_cann.ranks import Child
 def test_a_group_sends_bytes_without_a_default_group() -> None:
     ranks = [
         Child(
-            *("-m", "tests.npu.ranks", "send_and_receive", str(rank)),
+            *("-m", "tests.fake_cann.in_torch_npu.ranks", "send_and_receive", str(rank)),
             env={**os.environ, "ASCEND_RT_VISIBLE_DEVICES": str(rank)},
         )
         for rank in (0, 1)

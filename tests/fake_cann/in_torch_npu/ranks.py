@@ -1,6 +1,6 @@
 """Two processes with a ProcessGroupHCCL each, as ``test_process_group`` starts them.
 
-    python -m tests.npu.ranks SCENARIO RANK
+    python -m tests.fake_cann.in_torch_npu.ranks SCENARIO RANK
 
 Rank 0 says the port of its store, rank 1 hears it; the last line of each is its result.
 """
