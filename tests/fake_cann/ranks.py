@@ -1,8 +1,8 @@
-"""Two ranks in two processes: each runs one function of ``scenarios`` and reports.
+"""Ranks in processes of their own: each runs one function of ``scenarios`` and reports.
 
-    python -m tests.fake_cann.ranks FOLDER SCENARIO RANK
+    python -m tests.fake_cann.ranks FOLDER SCENARIO RANK SIZE
 
-The root info goes from rank 0 to rank 1 through the parent, as a line in hexadecimal
+The root info goes from rank 0 to the others through the parent, as a line in hexadecimal
 digits; the last line of a rank is its result, in JSON.
 """
 
@@ -27,15 +27,16 @@ REPOSITORY = Path(__file__).resolve().parent.parent.parent
 
 
 class Rank:
-    """What a scenario works with: the libraries, its number, and its peer's."""
+    """What a scenario works with: the libraries, its number, and its peer's where it has one."""
 
-    def __init__(self, libraries: Libraries, rank: int) -> None:
+    def __init__(self, libraries: Libraries, rank: int, size: int) -> None:
         self.lib = libraries
         self.rank = rank
+        self.size = size
         self.peer = 1 - rank
 
     def communicator(self, config: bytes | None = None) -> c_void_p:
-        """Return a communicator of both ranks.
+        """Return a communicator of all ranks.
 
         Raises:
             CannError: it was refused.
@@ -47,7 +48,7 @@ class Rank:
             root_info = bytes.fromhex(hear())
         communicator = c_void_p()
         call = self.lib.hccl.HcclCommInitRootInfoConfig
-        check(call(2, root_info, self.rank, config, byref(communicator)))
+        check(call(self.size, root_info, self.rank, config, byref(communicator)))
         return communicator
 
     def send(self, address: int, num_bytes: int, comm: c_void_p, stream: c_void_p) -> int:
@@ -150,21 +151,32 @@ class Child:
         return stream
 
 
-def rank_process(folder: Path, scenario: str, rank: int, hooks: Mapping[str, str]) -> Child:
+def rank_process(
+    folder: Path, scenario: str, rank: int, hooks: Mapping[str, str], size: int = 2
+) -> Child:
     """Start one rank, on a device of its own."""
     env = environment(folder, **{"ASCEND_RT_VISIBLE_DEVICES": str(rank), **hooks})
-    return Child("-m", "tests.fake_cann.ranks", str(folder), scenario, str(rank), env=env)
+    arguments = (str(folder), scenario, str(rank), str(size))
+    return Child("-m", "tests.fake_cann.ranks", *arguments, env=env)
 
 
-class Pair:
-    """Two ranks that run the same scenario; use as a context manager."""
+class Ranks:
+    """All ranks of a scenario, two unless hooks are given for more; a context manager.
+
+    Hooks are for all ranks, or one set for each.
+    """
 
     def __init__(self, folder: Path, scenario: str, *hooks: Mapping[str, str]) -> None:
-        both = hooks * 2 if len(hooks) == 1 else hooks or ({}, {})
-        self.ranks = [rank_process(folder, scenario, rank, both[rank]) for rank in (0, 1)]
+        each = hooks if len(hooks) > 1 else (hooks or ({},)) * 2
+        self.ranks = [
+            rank_process(folder, scenario, rank, of_rank, len(each))
+            for rank, of_rank in enumerate(each)
+        ]
 
-    def __enter__(self) -> Pair:
-        self.ranks[1].tell(self.ranks[0].hear())  # the root info
+    def __enter__(self) -> Ranks:
+        root_info = self.ranks[0].hear()
+        for rank in self.ranks[1:]:
+            rank.tell(root_info)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -172,20 +184,19 @@ class Pair:
             rank.kill()
             rank.outcome()
 
-    def outcomes(self) -> tuple[Outcome, Outcome]:
-        """Wait for both ranks."""
-        first, second = (rank.outcome() for rank in self.ranks)
-        return first, second
+    def outcomes(self) -> list[Outcome]:
+        """Wait for all ranks."""
+        return [rank.outcome() for rank in self.ranks]
 
 
-def main(folder: str, scenario: str, rank: str) -> None:
+def main(folder: str, scenario: str, rank: str, size: str) -> None:
     """Run one rank."""
     from tests.fake_cann import scenarios
 
     libraries = Libraries(Path(folder))
     check(libraries.acl.aclrtSetDevice(0))
     try:
-        result = getattr(scenarios, scenario)(Rank(libraries, int(rank)))
+        result = getattr(scenarios, scenario)(Rank(libraries, int(rank), int(size)))
     except CannError as error:
         result = {"error": error.code}
     say(json.dumps(result))

@@ -148,6 +148,20 @@ def barrier(rank: Rank) -> dict[str, Any]:
     return {"end": end, "started": moment, "ended": time.monotonic()}
 
 
+def ring(rank: Rank) -> dict[str, Any]:
+    """Each rank sends its number to the next and receives from the one before; then all meet."""
+    comm, stream = rank.communicator(), rank.lib.stream()
+    source, target = rank.lib.device_memory(str(rank.rank).encode()), rank.lib.device_memory(b".")
+    items = (SendRecvItem * 2)(
+        SendRecvItem(0, source, 1, INT8, (rank.rank + 1) % rank.size),
+        SendRecvItem(1, target, 1, INT8, (rank.rank - 1) % rank.size),
+    )
+    check(rank.lib.hccl.HcclBatchSendRecv(items, 2, comm, stream))
+    check(rank.lib.hccl.HcclBarrier(comm, stream))
+    end = rank.synchronize(stream)
+    return {"end": end, "content": rank.lib.read(target, 1).decode()}
+
+
 def two_streams(rank: Rank) -> dict[str, Any]:
     """Rank 0 issues on two streams, of which the first is held up."""
     comm, first, second = rank.communicator(), rank.lib.stream(), rank.lib.stream()

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from tests.fake_cann.abi import Libraries, comm_config
-from tests.fake_cann.ranks import Pair, rank_process
+from tests.fake_cann.ranks import Ranks, rank_process
 
 PARA, PTR, NOT_SUPPORT, UNAVAIL, TIMEOUT = 1, 2, 5, 7, 9
 TCP_CONNECT, RUNTIME, AGAIN, REMOTE, OOM = 11, 15, 20, 21, 24
@@ -22,12 +22,12 @@ NOTIFY_TIMEOUT, COPY_FAILED = 507048, 507052
 QUICK = {"FAKE_CANN_TIME_SCALE": "0.1"}
 
 
-def play(folder: Path, scenario: str, *hooks: dict[str, str]) -> tuple[Any, Any]:
-    """Return what the two ranks saw."""
-    with Pair(folder, scenario, *hooks) as pair:
-        first, second = pair.outcomes()
-    assert first.status == second.status == 0, first.stderr + second.stderr
-    return first.result, second.result
+def play(folder: Path, scenario: str, *hooks: dict[str, str]) -> list[Any]:
+    """Return what the ranks saw."""
+    with Ranks(folder, scenario, *hooks) as group:
+        outcomes = group.outcomes()
+    assert [outcome.status for outcome in outcomes] == [0] * len(outcomes), outcomes
+    return [outcome.result for outcome in outcomes]
 
 
 # Section 3, "Copy": in pieces of the communicator's buffer.
@@ -39,20 +39,20 @@ def test_bytes_arrive_in_chunks_of_the_buffer(fake_cann: Path) -> None:
 
 # Section 0.2: link set-up blocks the host and needs the peer.
 def test_the_first_operation_waits_for_the_peer(fake_cann: Path) -> None:
-    with Pair(fake_cann, "first_operation") as pair:
-        assert pair.ranks[0].hear() == "issuing"
-        pair.ranks[1].tell("go")
-        first, second = (outcome.result for outcome in pair.outcomes())
+    with Ranks(fake_cann, "first_operation") as group:
+        assert group.ranks[0].hear() == "issuing"
+        group.ranks[1].tell("go")
+        first, second = (outcome.result for outcome in group.outcomes())
     assert first["end"] == second["end"] == 0
     assert first["moment"] > second["moment"]
 
 
 # Section 3, "Pairing".
 def test_a_later_operation_returns_at_once_and_ends_with_its_match(fake_cann: Path) -> None:
-    with Pair(fake_cann, "later_operation") as pair:
-        assert pair.ranks[0].hear() == "issued"
-        pair.ranks[1].tell("go")
-        first, second = (outcome.result for outcome in pair.outcomes())
+    with Ranks(fake_cann, "later_operation") as group:
+        assert group.ranks[0].hear() == "issued"
+        group.ranks[1].tell("go")
+        first, second = (outcome.result for outcome in group.outcomes())
     assert first == {"end": 0, "before": False, "after": True}
     assert second == {"end": 0}
 
@@ -65,12 +65,12 @@ def test_two_sends_against_each_other_time_out(fake_cann: Path) -> None:
 
 # Section 0.3: a lost peer shows at the execution timeout, in the stream, and nowhere else.
 def test_a_lost_peer_shows_after_the_execution_timeout(fake_cann: Path) -> None:
-    with Pair(fake_cann, "lose_peer", QUICK) as pair:
-        assert [rank.hear() for rank in pair.ranks] == ["warm", "warm"]
-        pair.ranks[1].kill()
-        pair.ranks[1].outcome()
-        pair.ranks[0].tell("go")
-        seen = pair.ranks[0].outcome().result
+    with Ranks(fake_cann, "lose_peer", QUICK) as group:
+        assert [rank.hear() for rank in group.ranks] == ["warm", "warm"]
+        group.ranks[1].kill()
+        group.ranks[1].outcome()
+        group.ranks[0].tell("go")
+        seen = group.ranks[0].outcome().result
     assert seen.pop("elapsed_s") >= 1.0
     assert seen == {
         "issue": 0,
@@ -84,12 +84,12 @@ def test_a_lost_peer_shows_after_the_execution_timeout(fake_cann: Path) -> None:
 # Section 2: the execution timeout counts from version 8 of the configuration on.
 def test_an_older_config_has_the_execution_timeout_of_the_environment(fake_cann: Path) -> None:
     hooks = {**QUICK, "HCCL_EXEC_TIMEOUT": "15"}
-    with Pair(fake_cann, "lose_peer_by_default", hooks) as pair:
-        assert [rank.hear() for rank in pair.ranks] == ["warm", "warm"]
-        pair.ranks[1].kill()
-        pair.ranks[1].outcome()
-        pair.ranks[0].tell("go")
-        seen = pair.ranks[0].outcome().result
+    with Ranks(fake_cann, "lose_peer_by_default", hooks) as group:
+        assert [rank.hear() for rank in group.ranks] == ["warm", "warm"]
+        group.ranks[1].kill()
+        group.ranks[1].outcome()
+        group.ranks[0].tell("go")
+        seen = group.ranks[0].outcome().result
     assert seen["end"] == NOTIFY_TIMEOUT
     assert seen["elapsed_s"] >= 1.5
 
@@ -106,12 +106,16 @@ def test_a_batch_goes_both_ways(fake_cann: Path) -> None:
 
 
 def test_a_barrier_ends_when_all_have_come(fake_cann: Path) -> None:
-    with Pair(fake_cann, "barrier") as pair:
-        assert pair.ranks[0].hear() == "issued"
-        pair.ranks[1].tell("go")
-        first, second = (outcome.result for outcome in pair.outcomes())
+    with Ranks(fake_cann, "barrier") as group:
+        assert group.ranks[0].hear() == "issued"
+        group.ranks[1].tell("go")
+        first, second = (outcome.result for outcome in group.outcomes())
     assert first["end"] == second["end"] == 0
     assert first["ended"] > second["started"]
+
+
+def test_three_ranks_send_in_a_ring_and_meet(fake_cann: Path) -> None:
+    assert play(fake_cann, "ring", {}, {}, {}) == [{"end": 0, "content": n} for n in "201"]
 
 
 def test_operations_of_a_communicator_keep_their_order_across_streams(fake_cann: Path) -> None:
@@ -122,12 +126,12 @@ def test_operations_of_a_communicator_keep_their_order_across_streams(fake_cann:
 
 # Section 2, end: all ranks pass the same configuration.
 def test_ranks_with_different_configs_are_refused(fake_cann: Path) -> None:
-    assert play(fake_cann, "different_configs") == ({"error": PARA}, {"error": PARA})
+    assert play(fake_cann, "different_configs") == [{"error": PARA}, {"error": PARA}]
 
 
 # Section 2, "ABI rule": size and version decide what is read.
 def test_ranks_with_different_headers_and_equal_settings_meet(fake_cann: Path) -> None:
-    assert play(fake_cann, "longer_config") == ({}, {})
+    assert play(fake_cann, "longer_config") == [{}, {}]
 
 
 @pytest.mark.parametrize(
@@ -161,20 +165,20 @@ def test_ranks_agree_on_the_name_of_their_communicator(fake_cann: Path) -> None:
 
 def test_two_ranks_on_one_device_are_refused(fake_cann: Path) -> None:
     hooks = {"ASCEND_RT_VISIBLE_DEVICES": "3"}
-    assert play(fake_cann, "default_config", hooks) == ({"error": PARA}, {"error": PARA})
+    assert play(fake_cann, "default_config", hooks) == [{"error": PARA}, {"error": PARA}]
 
 
 def test_ranks_on_different_chips_are_refused(fake_cann: Path) -> None:
     chips = ({"FAKE_CANN_SOC": "Ascend910B3"}, {"FAKE_CANN_SOC": "Ascend910_9391"})
     seen = play(fake_cann, "default_config", *chips)
-    assert seen == ({"error": NOT_SUPPORT}, {"error": NOT_SUPPORT})
+    assert seen == [{"error": NOT_SUPPORT}, {"error": NOT_SUPPORT}]
 
 
 # Section 3, "Rendezvous": all ranks must come within HCCL_CONNECT_TIMEOUT (+20 s).
 def test_a_rank_that_stays_alone_gives_up(fake_cann: Path) -> None:
     hooks = {"FAKE_CANN_TIME_SCALE": "0.01", "HCCL_CONNECT_TIMEOUT": "20"}
-    with Pair(fake_cann, "root_only", hooks) as pair:
-        seen = pair.ranks[0].outcome().result
+    with Ranks(fake_cann, "root_only", hooks) as group:
+        seen = group.ranks[0].outcome().result
     assert seen == {"created": TIMEOUT}
 
 
@@ -189,8 +193,8 @@ def test_a_rank_whose_root_is_gone_gives_up(fake_cann: Path) -> None:
 
 
 def test_link_setup_ends_at_the_connect_timeout(fake_cann: Path) -> None:
-    with Pair(fake_cann, "missing_peer", {**QUICK, "HCCL_CONNECT_TIMEOUT": "10"}) as pair:
-        seen = pair.ranks[0].outcome().result
+    with Ranks(fake_cann, "missing_peer", {**QUICK, "HCCL_CONNECT_TIMEOUT": "10"}) as group:
+        seen = group.ranks[0].outcome().result
     assert seen == {"issue": TIMEOUT}
 
 
@@ -222,17 +226,17 @@ def test_buffers_that_do_not_fit_are_an_error(fake_cann: Path) -> None:
 
 # Section 3, "Destroy".
 def test_a_busy_communicator_is_not_destroyed(fake_cann: Path) -> None:
-    with Pair(fake_cann, "destroy_busy") as pair:
-        assert pair.ranks[0].hear() == "refused"
-        pair.ranks[1].tell("go")
-        first, second = (outcome.result for outcome in pair.outcomes())
+    with Ranks(fake_cann, "destroy_busy") as group:
+        assert group.ranks[0].hear() == "refused"
+        group.ranks[1].tell("go")
+        first, second = (outcome.result for outcome in group.outcomes())
     assert first == {"busy": AGAIN, "idle": 0, "again": PTR}
     assert second == {"end": 0}
 
 
 def test_destroying_ends_a_link_setup(fake_cann: Path) -> None:
-    with Pair(fake_cann, "destroy_during_setup") as pair:
-        seen = pair.ranks[0].outcome().result
+    with Ranks(fake_cann, "destroy_during_setup") as group:
+        seen = group.ranks[0].outcome().result
     assert seen["destroyed"] == 0
     assert seen["issue"] not in (0, TIMEOUT)
 
@@ -240,8 +244,8 @@ def test_destroying_ends_a_link_setup(fake_cann: Path) -> None:
 # Section 0.1: the rule of serial issue. Real HCCL only misbehaves; the double aborts.
 @pytest.mark.parametrize("scenario", ["issue_from_two_threads", "create_in_two_threads"])
 def test_breaking_the_serial_rule_ends_the_process(fake_cann: Path, scenario: str) -> None:
-    with Pair(fake_cann, scenario) as pair:
-        outcome = pair.ranks[0].outcome()
+    with Ranks(fake_cann, scenario) as group:
+        outcome = group.ranks[0].outcome()
     assert outcome.status == -signal.SIGABRT
     assert "RULE BROKEN: serial issue on device 0" in outcome.stderr
 
@@ -254,8 +258,8 @@ def test_nothing_is_issued_during_graph_capture(fake_cann: Path) -> None:
 
 
 def test_operations_fail_where_a_test_asks_for_it(fake_cann: Path) -> None:
-    with Pair(fake_cann, "send_and_receive", {"FAKE_CANN_FAIL": f"HcclRecv:1:{REMOTE}"}) as pair:
-        seen = pair.ranks[1].outcome().result
+    with Ranks(fake_cann, "send_and_receive", {"FAKE_CANN_FAIL": f"HcclRecv:1:{REMOTE}"}) as group:
+        seen = group.ranks[1].outcome().result
     assert seen["issue"] == REMOTE
 
 
