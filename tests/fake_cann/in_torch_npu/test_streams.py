@@ -111,6 +111,33 @@ def test_captured_work_runs_when_replayed() -> None:
     assert (before, zeros.cpu().sum().item()) == (0, 8)
 
 
+def run_apart(code: str) -> subprocess.CompletedProcess[str]:
+    """Run code in a process that it may ruin."""
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+
+
+def test_a_failed_stream_tells_though_its_event_completes() -> None:
+    code = """if True:
+        import ctypes, torch
+        torch.npu.set_device(0)
+        x, y = torch.zeros(8, device="npu:0"), torch.ones(8, device="npu:0")
+        side = torch.npu.Stream()
+        torch.npu.synchronize()
+        ctypes.CDLL("libascendcl.so").fakeSet(b"FAKE_CANN_FAIL", b"task:1:507048")
+        with torch.npu.stream(side):
+            x.copy_(y)
+            event = side.record_event()
+        while not event.query():
+            pass
+        print("the event is complete")
+        side.synchronize()
+        print("not reached")
+    """
+    done = run_apart(code)
+    assert done.stdout.splitlines()[-1] == "the event is complete"
+    assert "507048" in done.stderr
+
+
 def test_another_thread_must_not_work_during_capture() -> None:
     code = """if True:
         import threading, torch
@@ -128,6 +155,6 @@ def test_another_thread_must_not_work_during_capture() -> None:
             thread.start()
             thread.join()
     """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    done = run_apart(code)
     assert "107030" in done.stderr
     assert "current capture mode does not support this operation" in done.stderr
