@@ -15,14 +15,22 @@ SOURCES = Path(__file__).resolve().parent / "src"
 ASCENDCL = "libascendcl.so"
 # Every library beside libascendcl links against it.
 LIBRARIES = {
-    ASCENDCL: ["hooks.c", "device.c", "memory.c", "stream.c", "capture.c", "compat.c"],
+    ASCENDCL: ["hooks.c", "device.c", "memory.c", "stream.c", "event.c", "capture.c", "compat.c"],
     # torch_npu names these, too; the double keeps all of AscendCL in one library.
     "libacl_op_compiler.so": [],
     "libacl_tdt_channel.so": [],
     "libge_runner.so": [],
     "libgraph.so": [],
     "libopapi.so": ["opapi.c", "tensors.c"],
-    "libhccl.so": ["hccl.c", "config.c", "sockets.c", "rendezvous.c", "links.c"],
+    "libhccl.so": [
+        "comms.c",
+        "operations.c",
+        "serial.c",
+        "config.c",
+        "rendezvous.c",
+        "links.c",
+        "sockets.c",
+    ],
 }
 FLAGS = ["-std=gnu11", "-O1", "-g", "-fPIC", "-shared", "-pthread", "-fvisibility=hidden"]
 FLAGS += ["-Wall", "-Wextra", "-Werror"]

@@ -1,7 +1,7 @@
 /*
  * Graph capture in the mode "global", torch_npu's default: what is submitted to the captured
  * stream is kept for replays, and everything else on the device is refused with 107030 until
- * the capture ends (facts section 0.4).
+ * the capture ends (notes section 0.4).
  */
 #define _GNU_SOURCE
 #include "stream.h"
@@ -45,7 +45,8 @@ static aclError refuse(const char *what)
 {
     return fake_error(RT_CAPTURE_REFUSED,
                       "%s: a graph is being captured, and current capture mode does not support "
-                      "this operation", what);
+                      "this operation",
+                      what);
 }
 
 aclError fake_capture_refuses_work(void *stream)

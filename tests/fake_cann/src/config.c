@@ -1,4 +1,4 @@
-/* HcclCommConfig: which of its fields count depends on size and version (facts section 2). */
+/* HcclCommConfig: which of its fields count depends on size and version (notes section 2). */
 #include "hccl.h"
 
 #include <stdio.h>
@@ -7,7 +7,7 @@
 #define NOT_SET 0xffffffffu
 #define MAGIC 0xf0f0f0f0u
 
-/* Offsets are those of the table in the facts; gaps are fields that change nothing here. */
+/* Offsets are those of the table in the notes; gaps are fields that change nothing here. */
 struct config {
     uint64_t size;
     uint32_t magic, version;
@@ -55,7 +55,8 @@ HcclResult read_settings(const void *given, struct settings *s)
     if (c.version >= 8 && c.exec_timeout_s != -1)
         s->exec_timeout_s = c.exec_timeout_s;
     if (!s->buffer_mb || s->exec_timeout_s < 0 || s->deterministic > 2)
-        return fake_error(HCCL_E_PARA, "HcclCommConfig: buffer %u MB, deterministic %u, timeout %d s",
+        return fake_error(HCCL_E_PARA,
+                          "HcclCommConfig: buffer %u MB, deterministic %u, timeout %d s",
                           s->buffer_mb, s->deterministic, s->exec_timeout_s);
     return HCCL_SUCCESS;
 }

@@ -68,8 +68,8 @@ EXPORT aclError aclrtSetDevice(int32_t device)
     if (forced)
         return fake_error(forced, "aclrtSetDevice: failure asked for by FAKE_CANN_FAIL");
     if (device < 0 || device >= fake_device_count())
-        return fake_error(RT_INVALID_DEVICE, "aclrtSetDevice: no device %d; %d are visible",
-                          device, fake_device_count());
+        return fake_error(RT_INVALID_DEVICE, "aclrtSetDevice: no device %d; %d are visible", device,
+                          fake_device_count());
     current = device;
     return ACL_SUCCESS;
 }

@@ -1,4 +1,4 @@
-/* libhccl of the double: HCCL over Unix sockets. Layouts are those of facts section 2. */
+/* libhccl of the double: HCCL over Unix sockets. Layouts are those of notes section 2. */
 #ifndef FAKE_CANN_HCCL_H
 #define FAKE_CANN_HCCL_H
 
@@ -88,6 +88,14 @@ void drop_links(struct comm *comm);
 aclError run_item(struct comm *comm, const struct item *item, double deadline);
 /* All items together; those of one peer and one direction in their order. */
 aclError run_items(struct comm *comm, const struct item *items, uint32_t count, double deadline);
+
+/* comms.c */
+bool is_comm(const struct comm *comm); /* and not destroyed */
+
+/* serial.c */
+enum activity { CREATING, ISSUING, NUM_ACTIVITIES };
+void enter_serial(enum activity activity, int device, const char *what);
+void leave_serial(enum activity activity, int device);
 
 /* config.c */
 HcclResult read_settings(const void *config, struct settings *settings);

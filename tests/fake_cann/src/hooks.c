@@ -31,7 +31,7 @@ static char **hook(const char *name)
         if (!strcmp(hooks[i].name, name))
             return &hooks[i].text;
     if (num_hooks == MAX_HOOKS)
-        fake_rule_broken("more hooks than there are");
+        fake_give_up("more hooks than there are");
     const char *text = getenv(name);
     hooks[num_hooks].name = strdup(name);
     hooks[num_hooks].text = text ? strdup(text) : NULL;
@@ -107,9 +107,9 @@ static void read_failures(const char *text)
     num_failures = 0;
     failures_text = text;
     for (const char *at = text; at && *at && num_failures < MAX_FAILURES;) {
-        if (sscanf(at, "%63[^:]:%ld:%ld", failures[num_failures].name,
-                   &failures[num_failures].call, &failures[num_failures].code) != 3)
-            fake_rule_broken("FAKE_CANN_FAIL: expected NAME:CALL:CODE, found '%s'", at);
+        if (sscanf(at, "%63[^:]:%ld:%ld", failures[num_failures].name, &failures[num_failures].call,
+                   &failures[num_failures].code) != 3)
+            fake_give_up("FAKE_CANN_FAIL: expected NAME:CALL:CODE, found '%s'", at);
         failures[num_failures++].seen = 0;
         at = strchr(at, ',');
         at = at ? at + 1 : NULL;
@@ -151,15 +151,26 @@ int fake_error(int code, const char *format, ...)
     return code;
 }
 
-void fake_rule_broken(const char *format, ...)
+static _Noreturn void die(const char *label, const char *format, va_list arguments)
 {
     char text[512];
+    vsnprintf(text, sizeof text, format, arguments);
+    print_line(label, text);
+    abort();
+}
+
+void fake_rule_broken(const char *format, ...)
+{
     va_list arguments;
     va_start(arguments, format);
-    vsnprintf(text, sizeof text, format, arguments);
-    va_end(arguments);
-    print_line("RULE BROKEN: ", text);
-    abort();
+    die("RULE BROKEN: ", format, arguments);
+}
+
+void fake_give_up(const char *format, ...)
+{
+    va_list arguments;
+    va_start(arguments, format);
+    die("", format, arguments);
 }
 
 /* As in CANN, reading the message clears it. */

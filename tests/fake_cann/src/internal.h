@@ -43,6 +43,8 @@ int fake_failure(const char *name);
 int fake_error(int code, const char *format, ...) __attribute__((format(printf, 2, 3)));
 /* A rule was broken that real CANN would not report: say so and abort. */
 void fake_rule_broken(const char *format, ...) __attribute__((format(printf, 1, 2), noreturn));
+/* The double itself cannot go on: say so and abort. */
+void fake_give_up(const char *format, ...) __attribute__((format(printf, 1, 2), noreturn));
 
 /* device.c */
 /* The device of the calling thread, or -1 before aclrtSetDevice. */
@@ -64,8 +66,8 @@ typedef aclError (*fake_work)(void *argument);
  * `argument` is freed with `release` when nothing can run the work any more.
  */
 aclError fake_enqueue(void *stream, fake_work run, void *argument, void (*release)(void *));
-/* Asked from work: whether work before it on its stream has failed. */
-bool fake_stream_has_failed(void);
+/* Asked from work: the error of work before it on its stream, or 0. */
+aclError fake_error_before(void);
 
 /* capture.c: RT_CAPTURE_REFUSED for what must not be done while a graph is captured, else 0. */
 aclError fake_capture_refuses_waiting(const char *what);

@@ -84,7 +84,8 @@ HcclResult set_up_link(struct comm *comm, uint32_t peer, double deadline)
         while ((result = come_in(comm, peer, deadline)) == IO_LOST && fake_now() < deadline) {
             drop_link(link);
             if (wait_readable(comm->listener, comm->cancel, fake_now() + 0.01) == IO_CANCELLED)
-                return fake_error(HCCL_E_INTERNAL, "link set-up with rank %u was ended by HcclCommDestroy", peer);
+                return fake_error(HCCL_E_INTERNAL,
+                                  "link set-up with rank %u was ended by HcclCommDestroy", peer);
         }
     }
     link->is_up = result == IO_OK;
@@ -92,10 +93,12 @@ HcclResult set_up_link(struct comm *comm, uint32_t peer, double deadline)
         return HCCL_SUCCESS;
     drop_link(link);
     if (result == IO_CANCELLED)
-        return fake_error(HCCL_E_INTERNAL, "link set-up with rank %u was ended by HcclCommDestroy", peer);
+        return fake_error(HCCL_E_INTERNAL, "link set-up with rank %u was ended by HcclCommDestroy",
+                          peer);
     if (result == IO_LOST)
         return fake_error(HCCL_E_TCP_CONNECT, "link set-up: rank %u is gone", peer);
-    return fake_error(HCCL_E_TIMEOUT, "link set-up: rank %u did not come within HCCL_CONNECT_TIMEOUT", peer);
+    return fake_error(HCCL_E_TIMEOUT,
+                      "link set-up: rank %u did not come within HCCL_CONNECT_TIMEOUT", peer);
 }
 
 /* The peer will not answer: as on a device, only the execution timeout ends the wait. */
@@ -105,7 +108,8 @@ static aclError time_out(struct link *link, const char *what, double deadline)
     fake_sleep_until(deadline);
     shutdown(link->out, SHUT_RDWR);
     shutdown(link->in, SHUT_RDWR);
-    return fake_error(RT_NOTIFY_TIMEOUT, "%s: the peer did not answer within the execution timeout", what);
+    return fake_error(RT_NOTIFY_TIMEOUT, "%s: the peer did not answer within the execution timeout",
+                      what);
 }
 
 static bool await_frame(int fd, struct frame *frame, double deadline)
@@ -145,8 +149,8 @@ static aclError send_item(struct comm *comm, const struct item *item, double dea
             return time_out(link, "send", deadline);
         if (frame.total != item->length) {
             put_frame(link->out, MISMATCH, item->length, 0, deadline);
-            return fake_error(RT_COPY_FAILED, "send of %zu bytes meets a receive of %lu", item->length,
-                              (unsigned long)frame.total);
+            return fake_error(RT_COPY_FAILED, "send of %zu bytes meets a receive of %lu",
+                              item->length, (unsigned long)frame.total);
         }
         if (!put_frame(link->out, DATA, item->length, chunk, deadline) ||
             send_all(link->out, at, chunk, deadline) != IO_OK)
@@ -155,7 +159,8 @@ static aclError send_item(struct comm *comm, const struct item *item, double dea
         at += chunk;
         left -= chunk;
     } while (left);
-    return await_frame(link->out, &frame, deadline) ? ACL_SUCCESS : time_out(link, "send", deadline);
+    return await_frame(link->out, &frame, deadline) ? ACL_SUCCESS
+                                                    : time_out(link, "send", deadline);
 }
 
 static aclError receive_item(struct comm *comm, const struct item *item, double deadline)
@@ -169,16 +174,18 @@ static aclError receive_item(struct comm *comm, const struct item *item, double 
             !await_frame(link->in, &frame, deadline))
             return time_out(link, "receive", deadline);
         if (frame.kind == MISMATCH)
-            return fake_error(RT_COPY_FAILED, "receive of %zu bytes meets a send of %lu", item->length,
-                              (unsigned long)frame.total);
+            return fake_error(RT_COPY_FAILED, "receive of %zu bytes meets a send of %lu",
+                              item->length, (unsigned long)frame.total);
         if (frame.length > left)
-            return fake_error(RT_COPY_FAILED, "receive: %lu bytes too many", (unsigned long)(frame.length - left));
+            return fake_error(RT_COPY_FAILED, "receive: %lu bytes too many",
+                              (unsigned long)(frame.length - left));
         if (receive_all(link->in, -1, at, frame.length, deadline) != IO_OK)
             return time_out(link, "receive", deadline);
         at += frame.length;
         left -= frame.length;
     } while (left);
-    return put_frame(link->in, DONE, 0, 0, deadline) ? ACL_SUCCESS : time_out(link, "receive", deadline);
+    return put_frame(link->in, DONE, 0, 0, deadline) ? ACL_SUCCESS
+                                                     : time_out(link, "receive", deadline);
 }
 
 aclError run_item(struct comm *comm, const struct item *item, double deadline)
@@ -225,7 +232,7 @@ aclError run_items(struct comm *comm, const struct item *items, uint32_t count, 
             lanes[num_lanes] = (struct lane){comm, items, count, peer, type, deadline, 0};
             if (has_lane(&lanes[num_lanes])) {
                 if (pthread_create(&threads[num_lanes], NULL, run_lane, &lanes[num_lanes]))
-                    fake_rule_broken("no thread for a batch");
+                    fake_give_up("no thread for a batch");
                 num_lanes++;
             }
         }

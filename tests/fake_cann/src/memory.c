@@ -94,14 +94,17 @@ EXPORT aclError aclrtMalloc(void **address, size_t size, int policy)
     if (refused)
         return refused;
     pthread_mutex_lock(&lock);
-    char *start = take(device, size) ? aligned_alloc(ALIGNMENT, (size + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT) : NULL;
+    char *start = take(device, size)
+                      ? aligned_alloc(ALIGNMENT, (size + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT)
+                      : NULL;
     if (start) {
         memset(start, POISON, size);
         add_range(start, size, device, false);
     }
     pthread_mutex_unlock(&lock);
     *address = start;
-    return start ? ACL_SUCCESS : fake_error(RT_OUT_OF_MEMORY, "aclrtMalloc: no %zu bytes left", size);
+    return start ? ACL_SUCCESS
+                 : fake_error(RT_OUT_OF_MEMORY, "aclrtMalloc: no %zu bytes left", size);
 }
 
 EXPORT aclError aclrtMallocAlign32(void **address, size_t size, int policy)
@@ -156,7 +159,8 @@ EXPORT aclError aclrtReserveMemAddress(void **address, size_t size, size_t align
                                        void *expected, uint64_t flags)
 {
     (void)alignment, (void)expected, (void)flags;
-    char *start = mmap(NULL, size + TWO_MIB, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    char *start =
+        mmap(NULL, size + TWO_MIB, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (start == MAP_FAILED)
         return RT_OUT_OF_MEMORY;
     *address = (void *)(((uintptr_t)start + TWO_MIB - 1) / TWO_MIB * TWO_MIB);
@@ -183,7 +187,8 @@ struct physical {
     size_t size;
 };
 
-EXPORT aclError aclrtMallocPhysical(void **handle, size_t size, const void *properties, uint64_t flags)
+EXPORT aclError aclrtMallocPhysical(void **handle, size_t size, const void *properties,
+                                    uint64_t flags)
 {
     struct physical *p = malloc(sizeof *p);
     (void)properties, (void)flags;
@@ -238,8 +243,8 @@ EXPORT aclError aclrtMemcpy(void *target, size_t room, const void *source, size_
     if (refused)
         return refused;
     if (count && !is_well_formed(target, room, source, count, kind))
-        return fake_error(RT_PARAM_INVALID, "aclrtMemcpy: kind %d, %zu bytes from %p to %p",
-                          kind, count, source, target);
+        return fake_error(RT_PARAM_INVALID, "aclrtMemcpy: kind %d, %zu bytes from %p to %p", kind,
+                          count, source, target);
     memcpy(target, source, count);
     return ACL_SUCCESS;
 }
@@ -292,7 +297,8 @@ EXPORT aclError aclrtMemcpyAsync(void *target, size_t room, const void *source, 
     return enqueue_copy(stream, (struct copy){target, source, count, 0});
 }
 
-EXPORT aclError aclrtMemsetAsync(void *target, size_t room, int32_t value, size_t count, void *stream)
+EXPORT aclError aclrtMemsetAsync(void *target, size_t room, int32_t value, size_t count,
+                                 void *stream)
 {
     if (count > room || !fake_is_device_memory(target, count))
         return RT_PARAM_INVALID;

@@ -32,7 +32,7 @@ struct gathering {
     uint32_t count;
 };
 
-/* Facts section 3: HCCL_CONNECT_TIMEOUT seconds, 120 by default, plus 20. */
+/* Notes section 3: HCCL_CONNECT_TIMEOUT seconds, 120 by default, plus 20. */
 double connect_timeout(void)
 {
     return fake_scaled(fake_env_number("HCCL_CONNECT_TIMEOUT", 120) + 20);
@@ -40,7 +40,8 @@ double connect_timeout(void)
 
 static int bind_port(int port)
 {
-    struct sockaddr_in address = {.sin_family = AF_INET, .sin_port = htons((uint16_t)port),
+    struct sockaddr_in address = {.sin_family = AF_INET,
+                                  .sin_port = htons((uint16_t)port),
                                   .sin_addr.s_addr = htonl(INADDR_LOOPBACK)};
     int fd = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
     if (fd >= 0 && bind(fd, (struct sockaddr *)&address, sizeof address)) {
@@ -67,7 +68,9 @@ static HcclResult hold_port(int *held)
         if (*held >= 0)
             return HCCL_SUCCESS;
     }
-    return fake_error(HCCL_E_UNAVAIL, "HcclGetRootInfo: all ports of HCCL_HOST_SOCKET_PORT_RANGE=%s are in use", range);
+    return fake_error(HCCL_E_UNAVAIL,
+                      "HcclGetRootInfo: all ports of HCCL_HOST_SOCKET_PORT_RANGE=%s are in use",
+                      range);
 }
 
 /* Whether a newcomer fits those who came before. */
@@ -78,14 +81,16 @@ static HcclResult check(const struct gathering *g, const struct membership *m)
         return fake_error(HCCL_E_PARA, "rendezvous: rank %u of %u, others say %u ranks", m->rank,
                           m->num_ranks, first->num_ranks);
     if (memcmp(&m->settings, &first->settings, sizeof m->settings))
-        return fake_error(HCCL_E_PARA,
-                          "rendezvous: ranks %u and %u differ in their configurations: buffer %u and "
-                          "%u MB, execution timeout %d and %d s, name '%s' and '%s'",
-                          first->rank, m->rank, first->settings.buffer_mb, m->settings.buffer_mb,
-                          first->settings.exec_timeout_s, m->settings.exec_timeout_s,
-                          first->settings.name, m->settings.name);
+        return fake_error(
+            HCCL_E_PARA,
+            "rendezvous: ranks %u and %u differ in their configurations: buffer %u and "
+            "%u MB, execution timeout %d and %d s, name '%s' and '%s'",
+            first->rank, m->rank, first->settings.buffer_mb, m->settings.buffer_mb,
+            first->settings.exec_timeout_s, m->settings.exec_timeout_s, first->settings.name,
+            m->settings.name);
     if (strcmp(m->soc, first->soc))
-        return fake_error(HCCL_E_NOT_SUPPORT, "rendezvous: %s and %s in one communicator", first->soc, m->soc);
+        return fake_error(HCCL_E_NOT_SUPPORT, "rendezvous: %s and %s in one communicator",
+                          first->soc, m->soc);
     for (uint32_t i = 0; i < g->count; i++) {
         if (g->members[i].rank == m->rank)
             return fake_error(HCCL_E_PARA, "rendezvous: rank %u came twice", m->rank);
@@ -160,10 +165,10 @@ HcclResult open_root(void *root_info)
     }
     g->listener = listen_anywhere(root.name, "root");
     if (g->listener < 0 || getrandom(&root.key, sizeof root.key, 0) < 0)
-        return fake_error(HCCL_E_SYSCALL, "HcclGetRootInfo: no socket");
+        fake_give_up("no socket for a root");
     g->key = root.key;
     if (pthread_create(&thread, NULL, run_gathering, g))
-        return fake_error(HCCL_E_SYSCALL, "HcclGetRootInfo: no thread");
+        fake_give_up("no thread for a root");
     pthread_detach(thread);
     memset(root_info, 0, 4108);
     memcpy(root_info, &root, sizeof root);
@@ -187,12 +192,14 @@ HcclResult join_root(const void *root_info, struct membership *mine, char names[
     if (fd < 0)
         return fake_error(HCCL_E_TCP_CONNECT, "rendezvous: nobody listens at the root any more");
     enum io_result sent = send_all(fd, mine, sizeof *mine, deadline);
-    enum io_result got = sent == IO_OK ? receive_all(fd, -1, &answer, sizeof answer, deadline) : sent;
+    enum io_result got =
+        sent == IO_OK ? receive_all(fd, -1, &answer, sizeof answer, deadline) : sent;
     close(fd);
     if (got == IO_LOST) /* the root died with the gathering */
         fake_sleep_until(deadline);
     if (got != IO_OK)
-        return fake_error(HCCL_E_TIMEOUT, "rendezvous: not all ranks came within HCCL_CONNECT_TIMEOUT");
+        return fake_error(HCCL_E_TIMEOUT,
+                          "rendezvous: not all ranks came within HCCL_CONNECT_TIMEOUT");
     if (answer.result)
         return fake_error(answer.result, "rendezvous: refused with error %d", answer.result);
     memcpy(names, answer.names, sizeof answer.names);

@@ -1,18 +1,16 @@
-/* Streams: one thread each, which runs its work in order. Events: points in that order. */
+/* Streams: one thread each, which runs its work in order. */
 #define _GNU_SOURCE
 #include "stream.h"
 
-#include <pthread.h>
 #include <stdlib.h>
 #include <string.h>
-#include <time.h>
 
 enum { STOP_ON_FAILURE = 1 };
 
 struct stream {
     int device;
     bool has_thread, is_closing;
-    uint64_t mode; /* aclrtSetStreamFailureMode */
+    uint64_t mode;  /* aclrtSetStreamFailureMode */
     aclError error; /* of the first work that failed; stays */
     uint64_t num_pending;
     struct fake_task *first, **last;
@@ -21,21 +19,11 @@ struct stream {
     struct stream *next;
 };
 
-struct event {
-    pthread_mutex_t lock;
-    pthread_cond_t changed;
-    uint64_t recorded, completed;
-    double at;
-    aclError error;
-    bool is_captured;
-    int num_users;
-};
-
 static struct stream *streams;
 static struct stream *defaults[MAX_DEVICES];
 static pthread_mutex_t streams_lock = PTHREAD_MUTEX_INITIALIZER;
 
-static void init_condition(pthread_cond_t *condition)
+void fake_init_condition(pthread_cond_t *condition)
 {
     pthread_condattr_t attributes;
     pthread_condattr_init(&attributes);
@@ -49,7 +37,7 @@ static struct stream *new_stream(int device)
     s->device = device;
     s->last = &s->first;
     pthread_mutex_init(&s->lock, NULL);
-    init_condition(&s->changed);
+    fake_init_condition(&s->changed);
     pthread_mutex_lock(&streams_lock);
     s->next = streams;
     streams = s;
@@ -139,7 +127,7 @@ static void put(struct stream *s, struct fake_task *task)
         pthread_t thread;
         s->has_thread = true;
         if (pthread_create(&thread, NULL, run_stream, s))
-            fake_rule_broken("no thread for a stream");
+            fake_give_up("no thread for a stream");
         pthread_detach(thread);
     }
     task->next = NULL;
@@ -150,8 +138,7 @@ static void put(struct stream *s, struct fake_task *task)
     pthread_mutex_unlock(&s->lock);
 }
 
-/* Takes the task over, for the queue or for a graph, or drops it. */
-static aclError submit(void *handle, struct fake_task *task)
+aclError fake_submit(void *handle, struct fake_task *task)
 {
     struct stream *s = stream_of(handle);
     aclError refused = s ? fake_capture_refuses_work(s) : RT_CONTEXT_NULL;
@@ -166,7 +153,7 @@ static aclError submit(void *handle, struct fake_task *task)
 
 aclError fake_enqueue(void *stream, fake_work run, void *argument, void (*release)(void *))
 {
-    return submit(stream, fake_new_task(run, argument, release));
+    return fake_submit(stream, fake_new_task(run, argument, release));
 }
 
 void fake_replay(void *handle, struct fake_task **tasks, size_t count)
@@ -174,7 +161,8 @@ void fake_replay(void *handle, struct fake_task **tasks, size_t count)
     for (size_t i = 0; i < count; i++) {
         struct fake_task *copy = malloc(sizeof *copy); /* the task may be queued twice */
         __atomic_add_fetch(&tasks[i]->num_users, 1, __ATOMIC_ACQ_REL);
-        *copy = (struct fake_task){fake_run_shared, tasks[i], fake_drop_shared, 1, tasks[i]->is_marker, NULL};
+        *copy = (struct fake_task){fake_run_shared,     tasks[i], fake_drop_shared, 1,
+                                   tasks[i]->is_marker, NULL};
         put(stream_of(handle), copy);
     }
 }
@@ -189,9 +177,9 @@ void fake_drop_shared(void *task)
     fake_drop_task(task);
 }
 
-bool fake_stream_has_failed(void)
+aclError fake_error_before(void)
 {
-    return running && running->error;
+    return running ? running->error : ACL_SUCCESS;
 }
 
 void *fake_resolve_stream(void *handle)
@@ -214,13 +202,17 @@ EXPORT aclError aclrtCreateStream(void **stream)
     return aclrtCreateStreamWithConfig(stream, 0, 0);
 }
 
-static aclError synchronize(struct stream *s, double timeout)
+struct timespec fake_deadline(int32_t timeout_ms)
 {
-    struct timespec until;
-    double end = fake_now() + (timeout < 0 ? 1e8 : timeout);
+    double end = fake_now() + (timeout_ms < 0 ? 1e8 : timeout_ms * 1e-3);
+    time_t seconds = (time_t)end;
+    return (struct timespec){seconds, (long)((end - (double)seconds) * 1e9)};
+}
+
+static aclError synchronize(struct stream *s, int32_t timeout_ms)
+{
+    struct timespec until = fake_deadline(timeout_ms);
     aclError error = ACL_SUCCESS;
-    until.tv_sec = (time_t)end;
-    until.tv_nsec = (long)((end - (double)until.tv_sec) * 1e9);
     pthread_mutex_lock(&s->lock);
     while (s->num_pending && !error)
         if (pthread_cond_timedwait(&s->changed, &s->lock, &until))
@@ -272,7 +264,7 @@ EXPORT aclError aclrtSynchronizeStreamWithTimeout(void *stream, int32_t timeout_
 {
     struct stream *s = stream_of(stream);
     aclError refused = s ? fake_capture_refuses_waiting("aclrtSynchronizeStream") : RT_CONTEXT_NULL;
-    return refused ? refused : synchronize(s, timeout_ms < 0 ? -1 : timeout_ms * 1e-3);
+    return refused ? refused : synchronize(s, timeout_ms);
 }
 
 EXPORT aclError aclrtSynchronizeStream(void *stream)
@@ -293,7 +285,7 @@ EXPORT aclError aclrtSynchronizeDeviceWithTimeout(int32_t timeout_ms)
             of_device[count++] = s;
     pthread_mutex_unlock(&streams_lock);
     for (int i = 0; i < count; i++) {
-        aclError of_stream = synchronize(of_device[i], timeout_ms < 0 ? -1 : timeout_ms * 1e-3);
+        aclError of_stream = synchronize(of_device[i], timeout_ms);
         error = error ? error : of_stream;
     }
     return error;
@@ -335,179 +327,4 @@ EXPORT aclError aclrtLaunchHostFunc(void *stream, void (*function)(void *), void
     struct host_call *call = malloc(sizeof *call);
     *call = (struct host_call){function, argument};
     return fake_enqueue(stream, run_host_call, call, free);
-}
-
-EXPORT aclError aclrtCreateEventExWithFlag(void **event, uint32_t flag)
-{
-    struct event *e = calloc(1, sizeof *e);
-    (void)flag;
-    e->num_users = 1;
-    pthread_mutex_init(&e->lock, NULL);
-    init_condition(&e->changed);
-    *event = e;
-    return ACL_SUCCESS;
-}
-
-EXPORT aclError aclrtCreateEventWithFlag(void **event, uint32_t flag)
-{
-    return aclrtCreateEventExWithFlag(event, flag);
-}
-
-EXPORT aclError aclrtCreateEvent(void **event)
-{
-    return aclrtCreateEventExWithFlag(event, 0);
-}
-
-static void drop_event(struct event *e)
-{
-    if (!__atomic_sub_fetch(&e->num_users, 1, __ATOMIC_ACQ_REL))
-        free(e);
-}
-
-EXPORT aclError aclrtDestroyEvent(void *event)
-{
-    if (!event)
-        return RT_PARAM_INVALID;
-    drop_event(event);
-    return ACL_SUCCESS;
-}
-
-struct point {
-    struct event *event;
-    uint64_t number;
-};
-
-static void drop_point(void *argument)
-{
-    drop_event(((struct point *)argument)->event);
-    free(argument);
-}
-
-static struct point *new_point(struct event *e, uint64_t number)
-{
-    struct point *p = malloc(sizeof *p);
-    *p = (struct point){e, number};
-    __atomic_add_fetch(&e->num_users, 1, __ATOMIC_ACQ_REL);
-    return p;
-}
-
-static aclError run_record(void *argument)
-{
-    struct point *p = argument;
-    pthread_mutex_lock(&p->event->lock);
-    if (p->number > p->event->completed)
-        p->event->completed = p->number;
-    p->event->at = fake_now();
-    p->event->error = running->error;
-    pthread_cond_broadcast(&p->event->changed);
-    pthread_mutex_unlock(&p->event->lock);
-    return ACL_SUCCESS;
-}
-
-static aclError run_wait(void *argument)
-{
-    struct point *p = argument;
-    pthread_mutex_lock(&p->event->lock);
-    while (p->event->completed < p->number)
-        pthread_cond_wait(&p->event->changed, &p->event->lock);
-    pthread_mutex_unlock(&p->event->lock);
-    return ACL_SUCCESS;
-}
-
-static aclError submit_marker(void *stream, fake_work run, struct point *point)
-{
-    struct fake_task *task = fake_new_task(run, point, drop_point);
-    task->is_marker = true;
-    return submit(stream, task);
-}
-
-EXPORT aclError aclrtRecordEvent(void *event, void *stream)
-{
-    struct event *e = event;
-    if (!e)
-        return RT_PARAM_INVALID;
-    pthread_mutex_lock(&e->lock);
-    e->is_captured = fake_is_captured(fake_resolve_stream(stream));
-    uint64_t number = e->is_captured ? e->recorded : ++e->recorded;
-    pthread_mutex_unlock(&e->lock);
-    return submit_marker(stream, run_record, new_point(e, number));
-}
-
-EXPORT aclError aclrtStreamWaitEvent(void *stream, void *event)
-{
-    struct event *e = event;
-    if (!e)
-        return RT_PARAM_INVALID;
-    pthread_mutex_lock(&e->lock);
-    uint64_t number = e->recorded;
-    bool is_captured = e->is_captured;
-    pthread_mutex_unlock(&e->lock);
-    if (is_captured)
-        fake_capture_join(fake_resolve_stream(stream));
-    return submit_marker(stream, run_wait, new_point(e, number));
-}
-
-/* Records are numbered, so an event needs no reset before it is recorded again. */
-EXPORT aclError aclrtResetEvent(void *event, void *stream)
-{
-    (void)stream;
-    return event ? ACL_SUCCESS : RT_PARAM_INVALID;
-}
-
-/*
- * The status is 1 when complete, as in aclrtEventRecordedStatus. What CANN answers behind work
- * that failed is not documented: by default the event just completes, and only the stream tells;
- * with FAKE_CANN_FAILED_EVENT=error the query fails.
- */
-EXPORT aclError aclrtQueryEventStatus(void *event, int *status)
-{
-    struct event *e = event;
-    if (!e)
-        return RT_PARAM_INVALID;
-    pthread_mutex_lock(&e->lock);
-    *status = e->recorded && e->completed >= e->recorded;
-    aclError error = *status ? e->error : ACL_SUCCESS;
-    pthread_mutex_unlock(&e->lock);
-    return fake_env_text("FAKE_CANN_FAILED_EVENT", "complete")[0] == 'e' ? error : ACL_SUCCESS;
-}
-
-EXPORT aclError aclrtQueryEventWaitStatus(void *event, int *status)
-{
-    aclError error = aclrtQueryEventStatus(event, status);
-    *status = !*status; /* aclrtEventWaitStatus: 0 complete, 1 not ready */
-    return error;
-}
-
-EXPORT aclError aclrtSynchronizeEventWithTimeout(void *event, int32_t timeout_ms)
-{
-    struct event *e = event;
-    struct timespec until;
-    double end = fake_now() + (timeout_ms < 0 ? 1e8 : timeout_ms * 1e-3);
-    aclError error = e ? fake_capture_refuses_waiting("aclrtSynchronizeEvent") : RT_PARAM_INVALID;
-    if (error)
-        return error;
-    until.tv_sec = (time_t)end;
-    until.tv_nsec = (long)((end - (double)until.tv_sec) * 1e9);
-    pthread_mutex_lock(&e->lock);
-    while (e->completed < e->recorded && !error)
-        if (pthread_cond_timedwait(&e->changed, &e->lock, &until))
-            error = e->completed < e->recorded ? RT_EVENT_SYNC_TIMEOUT : ACL_SUCCESS;
-    if (!error)
-        error = e->error;
-    pthread_mutex_unlock(&e->lock);
-    return error;
-}
-
-EXPORT aclError aclrtSynchronizeEvent(void *event)
-{
-    return aclrtSynchronizeEventWithTimeout(event, -1);
-}
-
-EXPORT aclError aclrtEventElapsedTime(float *ms, void *start, void *end)
-{
-    struct event *a = start, *b = end;
-    if (!a || !b || !a->completed || !b->completed)
-        return RT_PARAM_INVALID;
-    *ms = (float)((b->at - a->at) * 1e3);
-    return ACL_SUCCESS;
 }

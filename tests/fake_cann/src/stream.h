@@ -4,6 +4,9 @@
 
 #include "internal.h"
 
+#include <pthread.h>
+#include <time.h>
+
 struct fake_task {
     fake_work run;
     void *argument;
@@ -17,10 +20,16 @@ struct fake_task *fake_new_task(fake_work run, void *argument, void (*release)(v
 void fake_drop_task(struct fake_task *task);
 aclError fake_run_shared(void *task);
 void fake_drop_shared(void *task);
+/* Takes the task over, for the queue or for a graph, or drops it. */
+aclError fake_submit(void *stream, struct fake_task *task);
 /* Queue tasks that a graph keeps. */
 void fake_replay(void *stream, struct fake_task **tasks, size_t count);
 /* The stream itself, or the thread's default one for NULL. */
 void *fake_resolve_stream(void *stream);
+
+/* A condition on the clock of fake_deadline, which is never for a negative timeout. */
+void fake_init_condition(pthread_cond_t *condition);
+struct timespec fake_deadline(int32_t timeout_ms);
 
 /* capture.c */
 aclError fake_capture_refuses_work(void *stream);

@@ -4,24 +4,43 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { FP32 = 0, FP16 = 1, I8 = 2, I32 = 3, U8 = 4, I16 = 6, U16 = 7, U32 = 8, I64 = 9, U64 = 10,
-       FP64 = 11, BOOLEAN = 12, C64 = 16, C128 = 17, BF16 = 27 };
+enum {
+    FP32 = 0,
+    FP16 = 1,
+    I8 = 2,
+    I32 = 3,
+    U8 = 4,
+    I16 = 6,
+    U16 = 7,
+    U32 = 8,
+    I64 = 9,
+    U64 = 10,
+    FP64 = 11,
+    BOOLEAN = 12,
+    C64 = 16,
+    C128 = 17,
+    BF16 = 27
+};
 
 size_t type_size(int type)
 {
     switch (type) {
-    case I8: case U8: case BOOLEAN:
-        return 1;
-    case FP16: case BF16: case I16: case U16:
-        return 2;
-    case FP32: case I32: case U32:
-        return 4;
-    case FP64: case I64: case U64: case C64:
-        return 8;
-    case C128:
-        return 16;
-    default:
-        return 0;
+    case I8:
+    case U8:
+    case BOOLEAN: return 1;
+    case FP16:
+    case BF16:
+    case I16:
+    case U16: return 2;
+    case FP32:
+    case I32:
+    case U32: return 4;
+    case FP64:
+    case I64:
+    case U64:
+    case C64: return 8;
+    case C128: return 16;
+    default: return 0;
     }
 }
 
@@ -57,7 +76,7 @@ long double read_number(const void *at, int type)
     case U32: return *(const uint32_t *)at;
     case I64: return *(const int64_t *)at;
     case U64: return *(const uint64_t *)at;
-    default: fake_rule_broken("libopapi: numbers of aclDataType %d are not provided", type);
+    default: fake_give_up("libopapi: numbers of aclDataType %d are not provided", type);
     }
 }
 
@@ -77,7 +96,7 @@ void write_number(void *at, int type, long double value)
     case U32: *(uint32_t *)at = (uint32_t)value; break;
     case I64: *(int64_t *)at = (int64_t)value; break;
     case U64: *(uint64_t *)at = (uint64_t)value; break;
-    default: fake_rule_broken("libopapi: numbers of aclDataType %d are not provided", type);
+    default: fake_give_up("libopapi: numbers of aclDataType %d are not provided", type);
     }
 }
 
@@ -99,7 +118,7 @@ struct tensor narrow(const struct tensor *t, int dim, int64_t index, int64_t len
     return part;
 }
 
-/* Steps through `target`; `others` (or NULL) is another tensor of the same shape. */
+/* Step to the next index in a tensor's shape; false behind the last. */
 static bool advance(const struct tensor *t, int64_t *index)
 {
     for (int i = t->num_dims - 1; i >= 0; i--) {
@@ -118,7 +137,8 @@ static char *at(const struct tensor *t, const int64_t *index)
     return t->data + offset * (int64_t)type_size(t->type);
 }
 
-static bool broadcast(const struct tensor *target, const struct tensor *source, struct tensor *fitted)
+static bool broadcast(const struct tensor *target, const struct tensor *source,
+                      struct tensor *fitted)
 {
     int more = target->num_dims - source->num_dims;
     *fitted = *target;
@@ -138,7 +158,8 @@ static int64_t common_run(const struct tensor *a, const struct tensor *b, int *f
 {
     int64_t run = 1;
     int dim = a->num_dims;
-    while (dim > 0 && (a->dims[dim - 1] == 1 || (a->strides[dim - 1] == run && b->strides[dim - 1] == run)))
+    while (dim > 0 &&
+           (a->dims[dim - 1] == 1 || (a->strides[dim - 1] == run && b->strides[dim - 1] == run)))
         run *= a->dims[--dim];
     *first_dim = dim;
     return run;
@@ -172,13 +193,14 @@ void fill_tensor(const struct tensor *target, long double value)
         while (advance(target, index));
 }
 
-EXPORT void *aclCreateTensor(const int64_t *dims, uint64_t num_dims, int type, const int64_t *strides,
-                             int64_t offset, int format, const int64_t *storage_dims,
-                             uint64_t num_storage_dims, void *data)
+EXPORT void *aclCreateTensor(const int64_t *dims, uint64_t num_dims, int type,
+                             const int64_t *strides, int64_t offset, int format,
+                             const int64_t *storage_dims, uint64_t num_storage_dims, void *data)
 {
     (void)format, (void)storage_dims, (void)num_storage_dims;
     if (num_dims > MAX_DIMS || !type_size(type))
-        fake_rule_broken("libopapi: a tensor of %lu dimensions and aclDataType %d", (unsigned long)num_dims, type);
+        fake_give_up("libopapi: a tensor of %lu dimensions and aclDataType %d",
+                     (unsigned long)num_dims, type);
     struct tensor *t = calloc(1, sizeof *t);
     t->type = type;
     t->num_dims = (int)num_dims;
