@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
@@ -118,11 +119,15 @@ def test_pinned_memory_takes_asynchronous_copies() -> None:
     assert torch.equal(pinned, host)
 
 
-def after(code: str) -> subprocess.CompletedProcess[str]:
+def after(code: str, **variables: str) -> subprocess.CompletedProcess[str]:
     """Run code behind a tensor on the device, in a process that it may ruin."""
     setup = "import torch\ntorch.npu.set_device(0)\nx = torch.zeros(4, 8, device='npu:0')\n"
     return subprocess.run(
-        [sys.executable, "-c", setup + code], capture_output=True, text=True, check=False
+        [sys.executable, "-c", setup + code],
+        env={**os.environ, **variables},
+        capture_output=True,
+        text=True,
+        check=False,
     )
 
 
@@ -143,3 +148,10 @@ def test_an_index_out_of_range_is_an_error_of_the_device() -> None:
 def test_device_memory_runs_out() -> None:
     done = after("torch.empty(65 << 30, dtype=torch.int8, device='npu:0')")
     assert "torch.OutOfMemoryError" in done.stderr
+
+
+def test_expandable_segments_hold_tensors() -> None:
+    """The image's documents ask for this setting."""
+    code = "print(torch.cat([x, x]).cpu().sum(), torch.npu.memory_allocated() > 0)"
+    done = after(code, PYTORCH_NPU_ALLOC_CONF="expandable_segments:True")
+    assert "tensor(0.) True" in done.stdout, done.stderr
