@@ -106,6 +106,21 @@ def lose_peer_by_default(rank: Rank) -> dict[str, Any]:
     return {"end": rank.synchronize(stream), "elapsed_s": time.monotonic() - started}
 
 
+def come_too_late(rank: Rank) -> dict[str, Any]:
+    """Rank 1 receives when the send of rank 0 has timed out."""
+    comm = rank.communicator(comm_config(exec_timeout_s=10))
+    stream, memory = rank.lib.stream(), rank.lib.device_memory(str(rank.rank).encode())
+    rank.warm_up(comm, stream)
+    if rank.rank == 0:
+        check(rank.send(memory, 1, comm, stream))
+        end = rank.synchronize(stream)
+        say("failed")
+        return {"end": end}
+    hear()
+    check(rank.recv(memory, 1, comm, stream))
+    return {"end": rank.synchronize(stream), "content": rank.lib.read(memory, 1).decode()}
+
+
 def sizes_differ(rank: Rank) -> dict[str, Any]:
     """Rank 0 sends two bytes, rank 1 receives three; then both agree."""
     comm, stream = rank.communicator(), rank.lib.stream()
@@ -211,7 +226,13 @@ def bad_arguments(rank: Rank) -> dict[str, Any]:
     """Calls that are refused before they reach the peer."""
     comm, stream, memory = rank.communicator(), rank.lib.stream(), rank.lib.device_memory(b"x")
     send, here = rank.lib.hccl.HcclSend, ctypes.create_string_buffer(1)
+    from_elsewhere: list[int] = []
+    arguments = (memory, 1, INT8, rank.peer, comm, stream)
+    thread = threading.Thread(target=lambda: from_elsewhere.append(send(*arguments)))
+    thread.start()
+    thread.join()
     return {
+        "thread without device": from_elsewhere[0],
         "fp16": send(memory, 1, FP16, rank.peer, comm, stream),
         "host memory": send(ctypes.addressof(here), 1, INT8, rank.peer, comm, stream),
         "no memory": send(None, 1, INT8, rank.peer, comm, stream),

@@ -94,6 +94,15 @@ def test_an_older_config_has_the_execution_timeout_of_the_environment(fake_cann:
     assert seen["elapsed_s"] >= 1.5
 
 
+def test_a_peer_that_comes_after_the_timeout_gets_nothing(fake_cann: Path) -> None:
+    with Ranks(fake_cann, "come_too_late", QUICK) as group:
+        assert group.ranks[0].hear() == "failed"
+        group.ranks[1].tell("go")
+        first, second = (outcome.result for outcome in group.outcomes())
+    assert first == {"end": NOTIFY_TIMEOUT}
+    assert second == {"end": NOTIFY_TIMEOUT, "content": "1"}
+
+
 def test_sizes_that_differ_fail_on_both_sides(fake_cann: Path) -> None:
     first, second = play(fake_cann, "sizes_differ")
     assert first == second == {"end": COPY_FAILED}
@@ -203,6 +212,7 @@ def test_bad_arguments_have_their_codes(fake_cann: Path) -> None:
     first, second = play(fake_cann, "bad_arguments")
     assert first == second
     assert first == {
+        "thread without device": RUNTIME,
         "fp16": NOT_SUPPORT,
         "host memory": PARA,
         "no memory": PTR,
