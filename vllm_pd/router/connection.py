@@ -186,6 +186,9 @@ class Connection(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """End the answer, if this is how it ends; else it is broken."""
         self._closed = True
+        # It refers back to this connection: with it, what nobody has read of an answer would
+        # wait for the garbage collector.
+        del self._parser
         if not self._in_exchange or self._is_complete:
             return
         if exc is None and self._has_head and not self._is_framed:

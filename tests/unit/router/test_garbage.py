@@ -27,17 +27,23 @@ def uncollected() -> Iterator[None]:
     gc.enable()
 
 
-def frames_of_the_router() -> list[str]:
-    """Return the functions whose variables only the garbage collector can free."""
+def garbage_of_the_router() -> list[str]:
+    """Return what only the garbage collector can free: functions' variables, and objects."""
     gc.collect()
-    frames = [one for one in gc.garbage if isinstance(one, types.FrameType)]
-    codes = [frame.f_code for frame in frames]
-    return [code.co_qualname for code in codes if "vllm_pd/router/" in code.co_filename]
+    codes = [one.f_code for one in gc.garbage if isinstance(one, types.FrameType)]
+    return [
+        *(code.co_qualname for code in codes if "vllm_pd/router/" in code.co_filename),
+        *(
+            type(one).__name__
+            for one in gc.garbage
+            if type(one).__module__.startswith("vllm_pd.router")
+        ),
+    ]
 
 
 @pytest.mark.usefixtures("uncollected")
 @pytest.mark.parametrize("stream", [False, True])
-async def test_failed_legs_leave_no_frames_to_the_garbage_collector(
+async def test_failed_legs_leave_nothing_to_the_garbage_collector(
     start_instance: StartInstance, start_router: StartRouter, *, stream: bool
 ) -> None:
     answer = Streams([b"data: [DONE]\n\n"]) if stream else completes
@@ -51,7 +57,7 @@ async def test_failed_legs_leave_no_frames_to_the_garbage_collector(
         await response.read()
 
     assert [len(one.received) for one in (*producers, *consumers)] == [1, 1, 1, 1]
-    assert frames_of_the_router() == []
+    assert garbage_of_the_router() == []
 
 
 @pytest.mark.usefixtures("uncollected")
@@ -63,7 +69,7 @@ async def test_request_that_nobody_can_serve_leaves_none_either(
     async with router.post("/v1/completions", json={"model": "m", "prompt": "hi"}) as response:
         assert response.status == 502
 
-    assert frames_of_the_router() == []
+    assert garbage_of_the_router() == []
 
 
 @pytest.mark.usefixtures("uncollected")
@@ -77,7 +83,7 @@ async def test_stream_that_breaks_off_leaves_none_either(
     async with router.post("/v1/completions", json=body) as response:
         assert b'"error"' in await response.read()
 
-    assert frames_of_the_router() == []
+    assert garbage_of_the_router() == []
 
 
 async def test_metrics_count_the_tasks(router: Client) -> None:
