@@ -112,6 +112,15 @@ def growth_len(samples: Sequence[Sample]) -> int:
     return min(second) - min(first, default=0)
 
 
+def _floors(samples: Sequence[Sample]) -> list[int]:
+    """Return the least memory of every tenth of the time."""
+    end_s = samples[-1].at_s if samples else 0.0
+    tenths: list[list[int]] = [[] for _ in range(10)]
+    for one in samples:
+        tenths[min(int(10 * one.at_s / end_s), 9) if end_s else 0].append(one.memory_len)
+    return [min(tenth) for tenth in tenths if tenth]
+
+
 def report(soak: Soak) -> dict[str, Any]:
     """Return everything as plain data."""
     outcomes = soak.tally.outcomes
@@ -131,6 +140,7 @@ def report(soak: Soak) -> dict[str, Any]:
             "first": round(memory[0] / 1e6, 1),
             "last": round(memory[-1] / 1e6, 1),
             "most": round(max(memory) / 1e6, 1),
+            "least_by_tenth": [round(one / 1e6, 1) for one in _floors(soak.samples)],
             "growth_after_warm_up": round(growth_len(soak.samples) / 1e6, 2),
         },
         "descriptors": {

@@ -164,6 +164,12 @@ def test_a_single_sample_shows_no_growth() -> None:
     assert judge.growth_len(samples(50)) == 0
 
 
+def test_report_shows_the_floor_of_memory_over_the_time() -> None:
+    report = judge.report(replace(passed(), samples=samples(*[50, 60] * 5, *[70, 90] * 5)))
+
+    assert report["memory_mb"]["least_by_tenth"] == [50.0] * 5 + [70.0] * 5
+
+
 def test_report_is_plain_data() -> None:
     report = judge.report(passed())
 
