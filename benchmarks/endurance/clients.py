@@ -161,8 +161,16 @@ class Client:
                 if pause_s:
                     await asyncio.sleep(pause_s)
             _check_status(response, answer)
+        return self._judge(bytes(answer), request_id, shape, began)
+
+    def _judge(self, answer: bytes, request_id: str, shape: Shape, began: float) -> str:
+        """Return what a stream that has ended is.
+
+        Raises:
+            _LostError: it is wrong.
+        """
         try:
-            num_events = traffic.check_stream(bytes(answer), request_id, shape)
+            num_events = traffic.check_stream(answer, request_id, shape)
         except ValueError as exc:
             raise _LostError(str(exc)) from exc
         if num_events is None:
@@ -185,16 +193,20 @@ class Client:
 
     async def _stuck(self, session: aiohttp.ClientSession) -> str:
         """Take the beginning of a long answer and then nothing, until the router has had enough."""
-        request_id = uuid.uuid4().hex
+        request_id, began = uuid.uuid4().hex, time.monotonic()
         async with self._post(session, request_id, self._prompt(), _STUCK, stream=True) as response:
-            _check_status(response, await response.content.readany())
+            answer = bytearray(await response.content.readany())
+            _check_status(response, answer)
             await asyncio.sleep(CLIENT_TIMEOUT_S + _STUCK_EXTRA_S)
             try:
-                async for _ in response.content.iter_any():
-                    pass
+                async for data in response.content.iter_any():
+                    answer += data
             except (aiohttp.ClientError, OSError):
                 return GIVEN_UP
-        raise _LostError("the router has waited for a client that took nothing")
+        outcome = self._judge(bytes(answer), request_id, _STUCK, began)
+        if outcome == RIGHT:
+            raise _LostError("the router has waited for a client that took nothing")
+        return outcome  # its instance was killed before the router had enough
 
     def _post(  # all that a request is made of
         self,

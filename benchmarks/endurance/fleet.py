@@ -78,10 +78,17 @@ class Fleet:
                 for member in self.members:
                     if not member.is_up or rng.random() >= chance_per_s:
                         continue
-                    others = set(self.urls(member.role)) - {member.url}
-                    if others & await usable():
+                    if self._others_up(member) & await usable():
                         self._kill(member)
                         restarts.create_task(_restart(member, rng.uniform(*_DEAD_S)))
+
+    def _others_up(self, member: _Member) -> set[str]:
+        """Return who could do a member's work; the router may not know yet who is dead."""
+        return {
+            one.url
+            for one in self.members
+            if one.is_up and one.role == member.role and one is not member
+        }
 
     def _kill(self, member: _Member) -> None:
         assert member.process is not None
