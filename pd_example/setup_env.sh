@@ -144,6 +144,7 @@ pd_lock() {
 }
 
 pd_unlock() {
+  flock --unlock "$PD_LOCK_FD" # a child that is about to end may hold it, too
   exec {PD_LOCK_FD}<&-
 }
 
