@@ -29,6 +29,6 @@ step() {
 step "$bin/ruff" check .
 step "$bin/ruff" format --check .
 step "$bin/codespell"
-step "$bin/mypy" vllm_pd tests pd_example benchmarks requirements tools
+step "$bin/mypy" vllm_pd ascend-vllm-plugin/ascend_vllm_plugin tests pd_example benchmarks requirements tools
 step "$bin/lint-imports"
 step "$PD_PYTHON" -m pytest "${fast[@]}" "$@"

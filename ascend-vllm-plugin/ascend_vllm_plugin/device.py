@@ -1,0 +1,86 @@
+"""The NPU through torch_npu: streams and events that the engine's thread can use."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from vllm_pd.transport.device import Mark, TorchDevice
+
+
+class NpuDevice(TorchDevice):
+    """One NPU.
+
+    Args:
+        index: logical index, after ASCEND_RT_VISIBLE_DEVICES.
+
+    Raises:
+        RuntimeError: torch_npu cannot use it.
+    """
+
+    def __init__(self, index: int) -> None:
+        import torch
+        import torch_npu  # noqa: F401 - makes torch know the NPU
+
+        super().__init__("npu", index)
+        self._npu: Any = torch.get_device_module("npu")
+        self.index = index
+
+    @property
+    def soc(self) -> str:
+        """Name of the chip, e.g. ``Ascend910B3``."""
+        return str(self._npu.get_device_name(self.index))
+
+    def make_stream(self) -> NpuStream:  # type: ignore[override]
+        """Return a new stream."""
+        return NpuStream(self._npu, self._npu.Stream(device=self.index))
+
+
+class NpuStream:
+    """A stream beside those that the model computes on; see ``EngineStream``."""
+
+    def __init__(self, npu: Any, stream: Any) -> None:
+        self._npu = npu
+        self._stream = stream
+
+    def submit(self, work: Callable[[], object]) -> None:
+        """See ``EngineStream``."""
+        with self._npu.stream(self._stream):
+            work()
+
+    def record(self) -> NpuEvent:
+        """See ``EngineStream``."""
+        event = self._npu.Event()
+        event.record(self._stream)
+        return NpuEvent(event)
+
+    def wait(self, mark: Mark) -> None:
+        """See ``EngineStream``."""
+        for event in mark:
+            self._stream.wait_event(event)
+
+    @property
+    def handle(self) -> int:
+        """See ``EngineStream``.
+
+        Reading it waits until torch_npu's queue is empty (``npu/Stream.cpp:91-96`` and
+        ``core/npu/NPUStream.cpp:417-445`` in torch_npu 2.10), so that no other thread
+        issues anything to the device meanwhile.
+        """
+        return int(self._stream.npu_stream)
+
+
+class NpuEvent:
+    """See ``EngineEvent``."""
+
+    def __init__(self, event: Any) -> None:
+        self._event = event
+
+    @property
+    def is_over(self) -> bool:
+        """See ``EngineEvent``."""
+        return bool(self._event.query())
+
+    def synchronize(self) -> None:
+        """See ``EngineEvent``."""
+        self._event.synchronize()
