@@ -57,6 +57,14 @@ class EngineStream(Protocol):
 class EngineDevice(DeviceInterface, Protocol):
     """The NPU, as the engine's thread sees it."""
 
+    @property
+    def soc(self) -> str:
+        """Name of the chip."""
+
+    @property
+    def host_index(self) -> str:
+        """Its number on the host, whatever it is called in this process."""
+
     def make_stream(self) -> Any:
         """Return an ``EngineStream``."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -31,9 +32,25 @@ class NpuDevice(TorchDevice):
         """Name of the chip, e.g. ``Ascend910B3``."""
         return str(self._npu.get_device_name(self.index))
 
+    @property
+    def host_index(self) -> str:
+        """Its number on the host, whatever it is called in this process."""
+        return host_index_of(self.index, os.environ.get("ASCEND_RT_VISIBLE_DEVICES"))
+
     def make_stream(self) -> NpuStream:  # type: ignore[override]
         """Return a new stream."""
         return NpuStream(self._npu, self._npu.Stream(device=self.index))
+
+
+def host_index_of(index: int, visible: str | None) -> str:
+    """Return the number on the host of a process's NPU.
+
+    Args:
+        index: its number in the process.
+        visible: ASCEND_RT_VISIBLE_DEVICES; None: not set.
+    """
+    names = [name.strip() for name in visible.split(",")] if visible else []
+    return names[index] if index < len(names) else str(index)
 
 
 class NpuStream:

@@ -6,8 +6,9 @@ control plane. HCCL leaves no choice (send and receive must pair), TCP fits,
 and shared memory makes the producer's half a permission to read. Both sides
 post the transfers of one peer pair in the same order; the session sees to it.
 
-Threading: one thread, the session's, calls every method. No method blocks. An
-idle transport uses no CPU: ``fileno`` tells when ``poll`` has something to do.
+Threading: one thread, the session's, calls every method but ``pump``, which belongs to
+the thread that computes. No method blocks. An idle transport uses no CPU: ``fileno``
+tells when ``poll`` has something to do.
 """
 
 from __future__ import annotations
@@ -72,6 +73,7 @@ class TransportOptions:
         num_copy_threads: threads that copy on behalf of ``recv_blocks``.
         num_streams: connections to each peer.
         staging_len: pinned host memory for the KV cache of a device, in bytes.
+        transfer_timeout_s: longest wait for the other half of a transfer that has begun.
         certificate: PEM of the cluster's certificate; None: no encryption.
         private_key: PEM of its key.
         shares_pages: whether peers on this host may map the KV cache; False as if the
@@ -84,6 +86,7 @@ class TransportOptions:
     num_copy_threads: int = 1
     num_streams: int = 2
     staging_len: int = 64 * 1024 * 1024
+    transfer_timeout_s: float = 30.0
     certificate: bytes | None = None
     private_key: bytes | None = None
     shares_pages: bool = True
@@ -211,6 +214,17 @@ class Transport(ABC):
     @abstractmethod
     def poll(self) -> list[TransferOutcome]:
         """Make progress and return the transfers that ended since the last call."""
+
+    def pump(self) -> bool:
+        """Issue what only the thread that computes may issue; called by it, between steps.
+
+        A library that wants all operations of a device from one thread leaves no other
+        choice. Nothing to do by default.
+
+        Returns:
+            Whether there is more to do, so that it should be called again soon.
+        """
+        return False
 
     @abstractmethod
     def close(self) -> None:

@@ -194,6 +194,9 @@ class FaultyTransport(Transport):
         self._wake()
         return outcomes
 
+    def pump(self) -> bool:  # noqa: D102
+        return self._inner.pump()
+
     def close(self) -> None:  # noqa: D102
         self._inner.close()
         for peer_id in {peer_id for peer_id, _ in self._halves}:

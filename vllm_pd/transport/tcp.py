@@ -13,7 +13,6 @@ a device passes through pinned buffers, see ``staging``.
 from __future__ import annotations
 
 import functools
-import ipaddress
 import logging
 import socket
 import time
@@ -29,8 +28,8 @@ from vllm_pd.errors import (
     PeerLostError,
     RemoteProtocolError,
     TransferError,
-    TransportUnavailableError,
 )
+from vllm_pd.transport import inet
 from vllm_pd.transport.base import KVRegion, TransferOutcome, TransportOptions
 from vllm_pd.transport.chunks import Chunk, plan_chunks
 from vllm_pd.transport.device import DeviceInterface
@@ -135,15 +134,8 @@ class TcpTransport(HostTransport):
         *,
         open_device: Callable[[Sequence[KVRegion]], DeviceInterface] = device_of,
     ) -> None:
-        family = socket.AF_INET6 if ":" in options.host else socket.AF_INET
         self._tls = _make_tls(options)
-        listener = socket.socket(family, socket.SOCK_STREAM)
-        try:
-            listener.bind((options.host, 0))
-            listener.listen(64)
-        except OSError as exc:
-            listener.close()
-            raise TransportUnavailableError(f"cannot listen on {options.host}: {exc}") from exc
+        listener = inet.listen(options.host)
         host, port = listener.getsockname()[:2]
         self._address = f"{host}|{port}|{'tls' if self._tls else 'plain'}"
         super().__init__(
@@ -151,7 +143,7 @@ class TcpTransport(HostTransport):
                 self.name,
                 listener,
                 _connect,
-                check_peer=_send_at_once,
+                check_peer=inet.send_at_once,
                 secure=self._wrap if self._tls else None,
                 num_streams=options.num_streams,
             )
@@ -417,33 +409,17 @@ def _make_tls(options: TransportOptions) -> TlsContexts | None:
     return make_contexts(options.certificate, options.private_key)
 
 
-def _parse_address(address: str) -> tuple[str, int, socket.AddressFamily]:
-    """Split ``HOST|PORT|KIND``; the host is an IP address, so that no name is looked up.
+def _parse_address(address: str) -> tuple[str, int]:
+    """Split ``HOST|PORT|KIND``.
 
     Raises:
         ValueError: it is something else.
     """
     host, port_text, _ = address.split("|")
-    version, port = ipaddress.ip_address(host).version, int(port_text)
-    if not 0 < port < 65536:
-        raise ValueError(f"{port} is not a port")
-    return host, port, socket.AF_INET6 if version == 6 else socket.AF_INET
-
-
-def _send_at_once(sock: socket.socket) -> None:
-    """Do not hold small frames back in the hope for more."""
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    port = int(port_text)
+    inet.check_address(host, port)
+    return host, port
 
 
 def _connect(endpoint: Endpoint) -> socket.socket:
-    host, port, family = _parse_address(endpoint.address)
-    sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
-    try:
-        _send_at_once(sock)
-        sock.connect((host, port))
-    except BlockingIOError:
-        pass  # in progress; the first write or a hang-up tells
-    except OSError as exc:
-        sock.close()
-        raise OSError(exc.errno, f"connect to {host} port {port}: {exc.strerror}") from exc
-    return sock
+    return inet.connect(*_parse_address(endpoint.address))

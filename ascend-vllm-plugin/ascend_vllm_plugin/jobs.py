@@ -1,0 +1,302 @@
+"""What the engine's thread is asked to issue: set-ups, moves, digests and ends."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ascend_vllm_plugin.backend import (
+    Backend,
+    Communicator,
+    EngineDevice,
+    EngineEvent,
+    EngineStream,
+    HcclError,
+)
+from ascend_vllm_plugin.blocks import Plan
+from ascend_vllm_plugin.engine import Job, NotYetError
+from ascend_vllm_plugin.meeting import Meeting
+from vllm_pd.transport.device import Mark
+
+if TYPE_CHECKING:
+    import torch
+
+logger = logging.getLogger(__name__)
+
+MEETING_WINDOW_S = 0.01
+"""Longest time that a step waits for the peer's engine, while a communicator is set up."""
+
+_SEEN_LEN = 64 * 1024  # what a fault may look at and damage
+
+
+@dataclass(frozen=True, slots=True)
+class Channel:
+    """A communicator with one peer and the stream of its operations.
+
+    Each has a stream of its own: on a common one a Send that waits for its peer would
+    hold up what another peer waits for, and so in a circle.
+    """
+
+    communicator: Communicator
+    stream: EngineStream
+
+
+@dataclass(frozen=True, slots=True)
+class Tools:
+    """What a worker makes communicators with.
+
+    Attributes:
+        backend: creates them.
+        device: makes streams.
+        after: what the first work on each stream runs after.
+        warm: a byte or more on the device, to be sent over every new communicator.
+    """
+
+    backend: Backend
+    device: EngineDevice
+    after: Mark
+    warm: torch.Tensor
+
+
+class ConnectJob(Job):
+    """Meet the peer's engine, create the communicator and use it once.
+
+    The first operation blocks until the link is made, so it belongs here.
+
+    Attributes:
+        channel: once it is done, and well.
+        has_begun: whether HCCL was asked for anything.
+    """
+
+    def __init__(
+        self,
+        on_done: Callable[[str | None], None],
+        *,
+        meeting: Meeting,
+        tools: Tools,
+        sends: bool,
+    ) -> None:
+        super().__init__(on_done)
+        self._meeting = meeting
+        self._tools = tools
+        self._sends = sends
+        self._stream: EngineStream | None = None
+        self.channel: Channel | None = None
+        self.has_begun = False
+
+    def issue(self) -> EngineEvent | None:  # noqa: D102
+        if self._stream is None:
+            self._stream = self._tools.device.make_stream()
+            self._stream.wait(self._tools.after)  # torch may have given us memory that was in use
+        stream = self._stream
+        _ = stream.handle  # from here to the end nothing of torch's may be waiting
+        if not self._meeting.attend(MEETING_WINDOW_S):
+            raise NotYetError
+        self.has_begun = True
+        is_leader = self._meeting.is_leader
+        root = self._meeting.root
+        if is_leader:
+            root = self._tools.backend.make_root()
+            self._meeting.begin(root)
+        communicator = self._tools.backend.connect(root, is_leader=is_leader)
+        self.channel = Channel(communicator, stream)
+        try:
+            move = communicator.send if self._sends else communicator.recv
+            move(self._tools.warm, stream)
+        except HcclError:
+            communicator.destroy()
+            raise
+        return self.channel.stream.record()
+
+
+class EndJob(Job):
+    """Destroy a communicator after what it is used for."""
+
+    must_run = True
+
+    def __init__(self, channel: Channel) -> None:
+        super().__init__(lambda _: None)
+        self._channel = channel
+
+        self._event: EngineEvent | None = None
+
+    def issue(self) -> EngineEvent | None:  # noqa: D102
+        try:
+            if self._event is None:
+                self._event = self._channel.stream.record()
+            if not self._event.is_over:
+                raise NotYetError
+        except RuntimeError as exc:  # the stream failed: nothing runs on it any more
+            logger.debug("hccl: %s", exc)
+        self._channel.communicator.destroy()
+        return None
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """A portion of a transfer that is copied to the host, to be hashed.
+
+    Attributes:
+        plan: its blocks, of which it is a chunk.
+        chunk: which.
+        host: as many bytes of pinned memory.
+    """
+
+    plan: Plan
+    chunk: int
+    host: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """What a transfer moves, and through which memory.
+
+    Attributes:
+        plan: the blocks.
+        lens: bytes of each chunk.
+        buffer: device memory, as long as the longest chunk.
+        exec_timeout_s: after which an operation gives the other side up.
+    """
+
+    plan: Plan
+    lens: tuple[int, ...]
+    buffer: torch.Tensor
+    exec_timeout_s: float
+
+
+class _StreamJob(Job):
+    def __init__(self, on_done: Callable[[str | None], None], channel: Channel) -> None:
+        super().__init__(on_done)
+        self._channel = channel
+
+    def settle_event(self) -> EngineEvent | None:
+        return self._channel.stream.record()
+
+    def _take(self, sample: Sample, buffer: torch.Tensor) -> None:
+        """Copy a portion of the KV cache to the host."""
+        length = sample.host.numel()
+
+        def work() -> None:
+            sample.plan.gather(sample.chunk, buffer)
+            sample.host.copy_(buffer[:length], non_blocking=True)
+
+        self._channel.stream.submit(work)
+
+
+class SampleJob(_StreamJob):
+    """Copy another portion to the host."""
+
+    def __init__(
+        self,
+        on_done: Callable[[str | None], None],
+        channel: Channel,
+        sample: Sample,
+        buffer: torch.Tensor,
+    ) -> None:
+        super().__init__(on_done, channel)
+        self._sample = sample
+        self._buffer = buffer
+
+    def issue(self) -> EngineEvent | None:  # noqa: D102
+        self._take(self._sample, self._buffer)
+        return self._channel.stream.record()
+
+
+class _MoveJob(_StreamJob):
+    """Move a whole transfer, chunk after chunk through one buffer: the stream keeps order."""
+
+    def __init__(
+        self,
+        on_done: Callable[[str | None], None],
+        channel: Channel,
+        load: Load,
+        *,
+        sample: Sample | None,
+    ) -> None:
+        super().__init__(on_done, channel)
+        self._load = load
+        self._sample = sample
+
+    def check(self, elapsed_s: float) -> None:
+        limit_s = self._load.exec_timeout_s
+        if elapsed_s >= limit_s:
+            # A stream may go on after an operation that waited in vain.
+            raise HcclError(f"the peer did not take part within {limit_s:g} s")
+        self._channel.communicator.check()
+
+
+class SendJob(_MoveJob):
+    """Gather and send; ``on_issued`` tells the consumer then, so that it waits for nothing."""
+
+    def __init__(
+        self,
+        on_done: Callable[[str | None], None],
+        channel: Channel,
+        load: Load,
+        *,
+        sample: Sample | None,
+        on_issued: Callable[[], None],
+    ) -> None:
+        super().__init__(on_done, channel, load, sample=sample)
+        self._on_issued = on_issued
+
+    def issue(self) -> EngineEvent | None:  # noqa: D102
+        stream, load = self._channel.stream, self._load
+        for chunk, length in enumerate(load.lens):
+            stream.submit(lambda chunk=chunk: load.plan.gather(chunk, load.buffer))  # type: ignore[misc]
+            self._channel.communicator.send(load.buffer[:length], stream)
+        if self._sample is not None:
+            self._take(self._sample, load.buffer)
+        event = stream.record()
+        self._on_issued()
+        return event
+
+
+class RecvJob(_MoveJob):
+    """Receive and scatter. The peer has issued its half, so this one must be, too."""
+
+    must_run = True
+
+    def __init__(
+        self,
+        on_done: Callable[[str | None], None],
+        channel: Channel,
+        load: Load,
+        *,
+        sample: Sample | None,
+        device: EngineDevice,
+        on_received: Callable[[memoryview], None] | None,
+    ) -> None:
+        super().__init__(on_done, channel, load, sample=sample)
+        self._device = device
+        self._on_received = on_received
+
+    def issue(self) -> EngineEvent | None:  # noqa: D102
+        stream, load = self._channel.stream, self._load
+        for chunk, length in enumerate(load.lens):
+            self._channel.communicator.recv(load.buffer[:length], stream)
+            if self.is_dropped:
+                continue
+            if chunk == 0:
+                self._show(load.buffer[: min(length, _SEEN_LEN)])
+                # A step that was issued earlier may still write to these blocks, for a
+                # request that had them before.
+                stream.wait(self._device.mark())
+            stream.submit(lambda chunk=chunk: load.plan.scatter(chunk, load.buffer))  # type: ignore[misc]
+        if self._sample is not None and not self.is_dropped:
+            self._take(self._sample, load.buffer)
+        return stream.record()
+
+    def _show(self, part: torch.Tensor) -> None:
+        """Let a fault see, and damage, the first bytes. This waits for the device."""
+        if self._on_received is None:
+            return
+        stream = self._channel.stream
+        host = self._device.allocate_host(part.numel())
+        stream.submit(lambda: host.copy_(part, non_blocking=True))
+        stream.record().synchronize()
+        self._on_received(memoryview(host.numpy()))  # type: ignore[arg-type]
+        stream.submit(lambda: part.copy_(host, non_blocking=True))
+        stream.record().synchronize()

@@ -1,0 +1,183 @@
+"""From a link between two workers to a communicator between their NPUs.
+
+Runs on the session's thread; the communicator itself is created by the engine's. When
+both workers have their turn, see ``turns``, both put a job for their engines, which
+meet, see ``meeting``.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from ascend_vllm_plugin.engine import Engine
+from ascend_vllm_plugin.jobs import Channel, ConnectJob, EndJob, Tools
+from ascend_vllm_plugin.meeting import Meeting
+from ascend_vllm_plugin.turns import Action, Step, Turns
+from ascend_vllm_plugin.wire import AnyFrame, Grant, Request, SetUpFrame
+from vllm_pd.errors import RemoteProtocolError
+from vllm_pd.transport.links import Direction
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(slots=True, eq=False)
+class Pair:
+    """This worker and another one, in one direction of transfers.
+
+    Attributes:
+        name: unique on this worker, also over time.
+        peer_id: the session's.
+        direction: which half of transfers is here.
+        worker: id of the other one.
+        meeting: of the engines.
+        job: what creates the communicator, once both have their turn.
+        channel: once it is created, until the pair ends.
+        is_over: the link is lost; a new link is a new pair.
+    """
+
+    name: str
+    peer_id: str
+    direction: Direction
+    worker: str
+    meeting: Meeting
+    job: ConnectJob | None = None
+    channel: Channel | None = None
+    started: float = 0.0
+    is_over: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Local:
+    """What a worker's pairs have in common.
+
+    Attributes:
+        worker: id of this worker.
+        engine: runs the jobs.
+        tools: create communicators.
+    """
+
+    worker: str
+    engine: Engine
+    tools: Tools
+
+
+class Pairs:
+    """All pairs of a worker that are being set up or in use.
+
+    Args:
+        local: this worker.
+        send: sends a frame to the pair's peer, from any thread.
+        on_up: called with a pair that can be used.
+        on_failed: called with a pair that HCCL could not link, and why.
+    """
+
+    def __init__(
+        self,
+        local: Local,
+        *,
+        send: Callable[[Pair, AnyFrame], None],
+        on_up: Callable[[Pair], None],
+        on_failed: Callable[[Pair, str], None],
+    ) -> None:
+        self._local = local
+        self._send = send
+        self._on_up = on_up
+        self._on_failed = on_failed
+        self._turns = Turns()
+        self._pairs: dict[str, Pair] = {}
+        self._numbers = itertools.count()
+
+    def begin(self, peer_id: str, direction: Direction, worker: str) -> Pair:
+        """Set a pair up whose link is there, or will be; return it."""
+        pair: Pair
+
+        def post(frame: SetUpFrame) -> None:
+            self._send(pair, frame)
+
+        is_leader = self._local.worker < worker
+        name = f"{next(self._numbers)}:{direction.name}:{peer_id}"
+        pair = Pair(name, peer_id, direction, worker, Meeting(is_leader=is_leader, post=post))
+        self._pairs[pair.name] = pair
+        if is_leader:
+            self._take(self._turns.want(pair.name))
+        return pair
+
+    def handle(self, pair: Pair, frame: Request | Grant | SetUpFrame) -> None:
+        """React to a frame of the peer.
+
+        Raises:
+            RemoteProtocolError: it is not allowed here.
+        """
+        if isinstance(frame, Request):
+            if pair.meeting.is_leader:
+                raise RemoteProtocolError("Request from the follower")
+            self._take(self._turns.take_request(pair.name))
+        elif isinstance(frame, Grant):
+            self._take(self._turns.take_grant(pair.name))
+        else:
+            pair.meeting.handle(frame)
+
+    def end(self, pair: Pair) -> None:
+        """Forget a pair whose link is lost; its communicator ends after what uses it."""
+        if pair.is_over:
+            return
+        pair.is_over = True
+        self._pairs.pop(pair.name, None)
+        pair.meeting.close()
+        if pair.job is None or self._local.engine.withdraw(pair.job):
+            self._take(self._turns.end(pair.name))
+        if pair.channel is not None:
+            self._local.engine.put(EndJob(pair.channel))
+
+    def close(self) -> None:
+        """Let no engine wait for a meeting any more."""
+        for pair in self._pairs.values():
+            pair.meeting.close()
+
+    def _take(self, actions: list[Action]) -> None:
+        for action in actions:
+            pair = self._pairs[action.pair]
+            match action.step:
+                case Step.REQUEST:
+                    self._send(pair, Request())
+                case Step.GRANT:
+                    self._send(pair, Grant())
+                case Step.CONNECT:
+                    self._connect(pair)
+
+    def _connect(self, pair: Pair) -> None:
+        local = self._local
+        pair.started = time.monotonic()
+        pair.job = ConnectJob(
+            lambda error: self._finish(pair, error),
+            meeting=pair.meeting,
+            tools=local.tools,
+            sends=pair.direction is Direction.SENDING,
+        )
+        local.engine.put(pair.job)
+
+    def _finish(self, pair: Pair, error: str | None) -> None:
+        """Take note of the end of a set-up."""
+        assert pair.job is not None
+        job, pair.job = pair.job, None
+        self._take(self._turns.end(pair.name))
+        if pair.is_over:
+            if job.channel is not None:
+                self._local.engine.put(EndJob(job.channel))
+        elif error is None:
+            pair.channel = job.channel
+            logger.info(
+                "hccl: communicator with worker %s (%s), made in %.0f ms",
+                pair.worker,
+                self._local.tools.backend.settings,
+                (time.monotonic() - pair.started) * 1e3,
+            )
+            self._on_up(pair)
+        elif job.has_begun:
+            self._on_failed(pair, error)
+        else:
+            self._on_failed(pair, f"before HCCL was asked: {error}")
