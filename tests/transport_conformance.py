@@ -117,6 +117,7 @@ def make_worker(
     shapes: Sequence[Shape] = SHAPES,
     num_blocks: int = NUM_BLOCKS,
     locate: Callable[[KVRegion], KVRegion] = lambda region: region,
+    make_arena: Callable[[int], Arena] = Arena,
 ) -> Worker:
     """Make regions in one allocation, one behind the other, and register them.
 
@@ -126,8 +127,9 @@ def make_worker(
         shapes: of the regions.
         num_blocks: blocks of every region.
         locate: tells the transport another place of a region.
+        make_arena: allocates the memory of all regions.
     """
-    arena = Arena(num_blocks * sum(shape.block_len for shape in shapes))
+    arena = make_arena(num_blocks * sum(shape.block_len for shape in shapes))
     regions, addr = [], arena.addr
     for index, shape in enumerate(shapes):
         regions.append(
@@ -195,6 +197,10 @@ class TransportConformance(ABC):
         """Return a region as the transport is to see it."""
         return region
 
+    def make_arena(self, num_bytes: int) -> Arena:
+        """Allocate the memory of a worker's regions."""
+        return Arena(num_bytes)
+
     @pytest.fixture
     def make(self) -> Iterator[Make]:
         """Makes workers, and closes their transports at the end."""
@@ -210,7 +216,12 @@ class TransportConformance(ABC):
             transport = transport or self.make_transport()
             workers.append(
                 make_worker(
-                    name, transport, shapes=shapes, num_blocks=num_blocks, locate=self.locate
+                    name,
+                    transport,
+                    shapes=shapes,
+                    num_blocks=num_blocks,
+                    locate=self.locate,
+                    make_arena=self.make_arena,
                 )
             )
             return workers[-1]

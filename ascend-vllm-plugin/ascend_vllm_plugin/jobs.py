@@ -94,12 +94,12 @@ class ConnectJob(Job):
         _ = stream.handle  # from here to the end nothing of torch's may be waiting
         if not self._meeting.attend(MEETING_WINDOW_S):
             raise NotYetError
-        self.has_begun = True
         is_leader = self._meeting.is_leader
         root = self._meeting.root
         if is_leader:
             root = self._tools.backend.make_root()
             self._meeting.begin(root)
+        self.has_begun = True
         communicator = self._tools.backend.connect(root, is_leader=is_leader)
         self.channel = Channel(communicator, stream)
         try:

@@ -16,7 +16,7 @@ import threading
 from collections.abc import Callable
 
 from ascend_vllm_plugin.backend import HcclError
-from ascend_vllm_plugin.wire import Begin, Present, Retract, Retracted, SetUpFrame
+from ascend_vllm_plugin.wire import Begin, Coming, Present, Retract, Retracted, SetUpFrame
 from vllm_pd.errors import RemoteProtocolError
 
 _ANSWER_TIMEOUT_S = 5.0
@@ -39,6 +39,7 @@ class Meeting:
         self._is_other_here = False  # leader: the follower's Present holds
         self._has_begun = False
         self._has_leave = False  # follower: Retracted has come
+        self._is_coming = False  # leader: Coming has come
         self.root = b""
 
     # The engine's thread
@@ -55,8 +56,19 @@ class Meeting:
         return self._lead(window_s) if self.is_leader else self._follow(window_s)
 
     def begin(self, root: bytes) -> None:
-        """Leader: send the follower on; it comes for certain."""
+        """Leader: send the follower on, and wait until it says that it comes.
+
+        If the peer is lost before, nothing has begun here. If this worker is lost after
+        Begin, the follower is held by HCCL until HCCL_CONNECT_TIMEOUT: one of the two
+        must go first.
+
+        Raises:
+            HcclError: the peer is gone, or does not answer.
+        """
         self._post(Begin(root=root))
+        with self._changed:
+            if not self._wait(lambda: self._is_coming, _ANSWER_TIMEOUT_S):
+                raise HcclError("the peer does not answer")
 
     def _lead(self, window_s: float) -> bool:
         with self._changed:
@@ -75,7 +87,10 @@ class Meeting:
                 self._post(Retract())
                 if not self._wait(lambda: self._has_begun or self._has_leave, _ANSWER_TIMEOUT_S):
                     raise HcclError("the peer does not answer")
-            return self._has_begun
+            has_begun = self._has_begun
+        if has_begun:
+            self._post(Coming())
+        return has_begun
 
     def _wait(self, happened: Callable[[], bool], timeout_s: float) -> bool:
         self._changed.wait_for(lambda: happened() or self._is_closed, timeout_s)
@@ -102,6 +117,8 @@ class Meeting:
                     if not self._has_begun:
                         self._is_other_here = False
                         self._post(Retracted())
+                case Coming() if self.is_leader and self._has_begun:
+                    self._is_coming = True
                 case Retracted() if not self.is_leader:
                     self._has_leave = True
                 case Begin() if not self.is_leader:

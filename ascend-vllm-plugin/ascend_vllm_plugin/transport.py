@@ -36,6 +36,7 @@ from ascend_vllm_plugin.wire import (
     Address,
     AnyFrame,
     Begin,
+    Coming,
     Go,
     Grant,
     Present,
@@ -517,7 +518,10 @@ class HcclTransport(HostTransport):
         if pair is None:
             raise RemoteProtocolError(f"{type(frame).__name__} on a link that is not set up")
         match frame, event.direction:
-            case ((Request() | Grant() | Present() | Retract() | Retracted() | Begin()), _):
+            case (
+                Request() | Grant() | Present() | Retract() | Retracted() | Begin() | Coming(),
+                _,
+            ):
                 self._pairs.handle(pair, frame)
             case Want(), Direction.SENDING:
                 wants = self._wants.setdefault(event.peer_id, {})

@@ -9,6 +9,7 @@ One link per pair of workers and direction of transfers; the consumer connects. 
                   <-  Retract                       it could not wait any longer
     Retracted     ->                                understood: nothing has begun
     Begin         ->                                both are here: create the communicator
+                  <-  Coming                        I do, and so must you
 
     producer                      consumer
                   <-  Want                          I have a buffer: send this transfer
@@ -84,6 +85,10 @@ class Begin(_Frame, frozen=True, tag="begin"):
     root: bytes
 
 
+class Coming(_Frame, frozen=True, tag="coming"):
+    """Follower: Begin has come, and my engine's thread creates the communicator."""
+
+
 class Want(_Frame, frozen=True, tag="want"):
     """Consumer: its half is posted and it has a buffer."""
 
@@ -121,7 +126,7 @@ class Abandoned(_Frame, frozen=True, tag="abandoned"):
     reason: str
 
 
-SetUpFrame: TypeAlias = Present | Retract | Retracted | Begin
+SetUpFrame: TypeAlias = Present | Retract | Retracted | Begin | Coming
 AnyFrame: TypeAlias = SetUpFrame | Request | Grant | Want | Go | Vouch | Received | Abandoned
 
 _decoder: msgspec.msgpack.Decoder[AnyFrame] = msgspec.msgpack.Decoder(AnyFrame)

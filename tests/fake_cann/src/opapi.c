@@ -5,6 +5,8 @@
  */
 #include "tensors.h"
 
+#include <stdbool.h>
+
 #include <stdlib.h>
 #include <string.h>
 
@@ -157,6 +159,19 @@ EXPORT aclError aclnnInplaceIndexCopyGetWorkspaceSize(struct tensor *target, int
                                       .index = *index, .dim = dim}, workspace, executor);
 }
 OPERATOR(aclnnInplaceIndexCopy)
+
+/* Rows by one index, which is all that is needed; anything else is refused by name. */
+EXPORT aclError aclnnIndexPutImplGetWorkspaceSize(struct tensor *target, const struct tensor_list *indices,
+                                                  const struct tensor *source, bool accumulate,
+                                                  bool unsafe, uint64_t *workspace, void **executor)
+{
+    (void)unsafe;
+    if (indices->count != 1 || indices->tensors[0]->num_dims != 1 || accumulate)
+        fake_rule_broken("libopapi: index_put_ by anything but one list of rows is not provided");
+    return describe((struct executor){.run = run_index_copy, .target = *target, .source = *source,
+                                      .index = *indices->tensors[0], .dim = 0}, workspace, executor);
+}
+OPERATOR(aclnnIndexPutImpl)
 
 static aclError run_cat(const struct executor *e)
 {

@@ -1,0 +1,62 @@
+"""The tests of this folder in the environment with torch-npu, on the double of CANN.
+
+``tests/run.sh`` makes the environment beside the main one.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.fake_cann.build import build, environment
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(480),
+    pytest.mark.skipif(
+        importlib.util.find_spec("torch_npu") is not None, reason="this is that environment"
+    ),
+]
+
+TIME_SCALE = "0.2"
+"""Of timeouts: 4 s to connect, and 6 s to execute where the transport asks for 30."""
+
+HERE = Path(__file__).resolve().parent
+
+
+@pytest.fixture(scope="module")
+def npu_python() -> str:
+    """Return the Python that has torch_npu."""
+    made = Path(sys.prefix) / "torch-npu" / "bin" / "python"
+    python = os.environ.get("PYTHON_TORCH_NPU") or str(made)
+    if not Path(python).exists():
+        pytest.skip("no environment with torch-npu: bash tests/run.sh makes it")
+    return python
+
+
+@pytest.fixture(scope="module")
+def cann(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build(tmp_path_factory.mktemp("cann"))
+
+
+@pytest.mark.parametrize("path", sorted(HERE.glob("test_[!i]*.py")), ids=lambda path: path.stem)
+def test_passes_on_the_double(npu_python: str, cann: Path, path: Path) -> None:
+    quiet = ["-q", "--show-capture=no", "-p", "no:cacheprovider"]
+    done = subprocess.run(
+        [npu_python, "-m", "pytest", *quiet, str(path)],
+        cwd=HERE.parent.parent,
+        env=environment(cann, HCCL_CONNECT_TIMEOUT="0", FAKE_CANN_TIME_SCALE=TIME_SCALE),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=450,
+        check=False,
+    )
+    if done.returncode:
+        pytest.fail(f"exit status {done.returncode}:\n{done.stdout[-20_000:]}", pytrace=False)
+    assert "passed" in done.stdout
