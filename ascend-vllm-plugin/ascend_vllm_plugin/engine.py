@@ -153,16 +153,15 @@ class Engine:
 
     # The engine's thread
 
-    def pump(self) -> bool:
-        """Issue what waits and look at what is under way; return whether there is more."""
+    def pump(self) -> None:
+        """Issue what waits, and look at what is under way."""
         if not self.has_work:
-            return False
+            return
         with self._running:
             if not self._is_closed:
                 self._step()
         if self._done:
             self._wake()
-        return self.has_work
 
     def _step(self) -> None:
         self._bind()

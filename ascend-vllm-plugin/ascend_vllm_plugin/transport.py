@@ -96,6 +96,7 @@ class HcclTransport(HostTransport):
     """
 
     name = "hccl"
+    needs_pump = True
 
     def __init__(
         self,
@@ -204,13 +205,9 @@ class HcclTransport(HostTransport):
         self._advance_all()
         return outcomes + self._ledger.drain()
 
-    def pump(self) -> bool:  # noqa: D102
-        if self._engine is None:
-            return False
-        has_more = self._engine.pump()
-        if self._outbox:
-            self._wake.set()
-        return has_more
+    def pump(self) -> None:  # noqa: D102
+        if self._engine is not None:
+            self._engine.pump()
 
     def close(self) -> None:  # noqa: D102
         super().close()

@@ -7,12 +7,15 @@ thread; the hooks here hand work over and collect results.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+import time
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
 from vllm_pd.config import ConnectorConfig
+from vllm_pd.connector.geometry import check_kv_caches
 from vllm_pd.connector.kv_cache import KVCaches, memory_order, to_layout, to_regions
 from vllm_pd.errors import ConfigError
 from vllm_pd.protocol.heads import heads_of_rank
@@ -22,13 +25,17 @@ from vllm_pd.session.keys import load_cluster_key
 from vllm_pd.session.manager import LocalWorker, SessionManager
 from vllm_pd.session.producer import Grant
 from vllm_pd.session.stats import SessionStats
-from vllm_pd.transport.base import TransportOptions
+from vllm_pd.transport.base import Transport, TransportOptions
 from vllm_pd.transport.registry import open_transports
 
 logger = logging.getLogger(__name__)
 
 FETCH_WAIT_S = 0.01
 """Longest time that a step without computation waits; requests that arrive wait as long."""
+
+
+PUMP_INTERVAL_S = 0.001
+"""Pause between two looks of such a step at what a transport has for this thread to do."""
 
 
 class PDConnectorWorker:
@@ -40,6 +47,7 @@ class PDConnectorWorker:
         tp_rank: this worker's tensor-parallel rank.
         tp_size: number of ranks.
         fingerprint: of this worker's KV cache.
+        additional_config: vLLM's, for the checks of a device plugin.
     """
 
     def __init__(
@@ -50,19 +58,23 @@ class PDConnectorWorker:
         tp_rank: int,
         tp_size: int,
         fingerprint: Fingerprint,
+        additional_config: Mapping[str, Any] | None = None,
     ) -> None:
         self._config = config
         self._engine_id = engine_id
         self.tp_rank = tp_rank
         self._tp_size = tp_size
         self.fingerprint = fingerprint
+        self._additional_config = additional_config or {}
         self._manager: SessionManager | None = None
         self._block_len = 0
         self._num_bytes_saved = 0
         self._num_fetching = 0
         self._invalid_block_ids: set[int] = set()
         self._not_started: list[tuple[str, tuple[int, ...]]] = []
-        self._transport_info: dict[str, tuple[str, str]] = {}
+        self._transports: dict[str, Transport] = {}
+        self._refused: dict[str, str] = {}
+        self._pumped: list[Transport] = []
 
     def register_kv_caches(self, kv_caches: KVCaches) -> None:
         """Open the transports on the KV cache and start the session thread.
@@ -73,6 +85,7 @@ class PDConnectorWorker:
             ConfigError: the KV cache, a transport or the key cannot be used.
         """
         ours = self.fingerprint
+        check_kv_caches(kv_caches, ours.block_size, self._additional_config)
         num_heads = len(heads_of_rank(self.tp_rank, self._tp_size, ours.num_kv_heads))
         regions = to_regions(kv_caches, num_heads=num_heads, block_size=ours.block_size)
         layout = to_layout(regions)
@@ -81,11 +94,11 @@ class PDConnectorWorker:
             order = memory_order(kv_caches, num_heads=num_heads, block_size=ours.block_size)
             kv_layout = f"{ours.kv_layout}:{order}"
             self.fingerprint = msgspec.structs.replace(ours, kv_layout=kv_layout)
-        transports, refused = open_transports(
+        transports, self._refused = open_transports(
             self._config.transport_names, regions, self._transport_options()
         )
-        self._transport_info = {name: t.mode for name, t in transports.items()}
-        self._transport_info |= {name: ("unavailable", why) for name, why in refused.items()}
+        self._transports = transports
+        self._pumped = [transport for transport in transports.values() if transport.needs_pump]
         local = LocalWorker(self._engine_id, self.tp_rank, self._tp_size, self.fingerprint, layout)
         self._manager = SessionManager(self._config, local, transports)
         logger.info(
@@ -115,6 +128,7 @@ class PDConnectorWorker:
             num_copy_threads=config.num_copy_threads,
             num_streams=config.num_streams,
             staging_len=config.staging_len,
+            transfer_timeout_s=config.transfer_timeout_s,
             certificate=certificate,
             private_key=private_key,
         )
@@ -153,15 +167,26 @@ class PDConnectorWorker:
         """Report loads as failed, with their blocks, at the next ``get_finished``."""
         self._not_started += loads
 
+    def pump(self) -> None:
+        """Let transports issue what only the thread that computes may issue."""
+        for transport in self._pumped:
+            transport.pump()
+
     def wait_for_fetch(self) -> None:
         """Let a fetch that is under way have this core, for a moment or until it ends.
 
         For steps in which the engine has nothing to compute: vLLM makes one after the
         other until the blocks are there, which takes interpreter and core from the threads
-        that copy, and the last of them ends long after the fetch.
+        that copy, and the last of them ends long after the fetch. Transports that need this
+        thread get it every now and then.
         """
-        if self._num_fetching and self._manager is not None:
-            self._manager.wait_results(FETCH_WAIT_S)
+        if self._manager is None or not self._num_fetching:
+            return
+        deadline = time.monotonic() + FETCH_WAIT_S
+        while (left_s := deadline - time.monotonic()) > 0:
+            if self._manager.wait_results(min(left_s, PUMP_INTERVAL_S) if self._pumped else left_s):
+                return
+            self.pump()
 
     def get_finished(self) -> tuple[set[str], set[str]]:
         """Return ``(finished_sending, finished_recving)`` since the last call.
@@ -209,8 +234,9 @@ class PDConnectorWorker:
         return self._manager.take_stats() if self._manager is not None else None
 
     def transport_info(self) -> dict[str, tuple[str, str]]:
-        """Return ``(mode, reason)`` of every transport that was wanted."""
-        return self._transport_info
+        """Return ``(mode, reason)`` of every transport that was wanted, as they are now."""
+        info = {name: transport.mode for name, transport in self._transports.items()}
+        return info | {name: ("unavailable", why) for name, why in self._refused.items()}
 
     def take_invalid_block_ids(self) -> set[int]:
         """Return the blocks of failed fetches that ``get_finished`` has reported."""

@@ -187,11 +187,18 @@ class SessionManager:
             results, self._results = self._results, Results()
         return results
 
-    def wait_results(self, timeout_s: float) -> None:
-        """Wait until there is something to take, but no longer than ``timeout_s``."""
+    def wait_results(self, timeout_s: float) -> bool:
+        """Wait until there is something to take, but no longer than ``timeout_s``.
+
+        Returns:
+            Whether waiting longer makes no sense.
+        """
+
+        def is_over() -> bool:
+            return bool(self._results.freed or self._results.fetched or self._closing)
+
         with self._have_results:
-            if not self._results.freed and not self._results.fetched and not self._closing:
-                self._have_results.wait(timeout_s)
+            return self._have_results.wait_for(is_over, timeout_s)
 
     def take_stats(self) -> SessionStats | None:
         """Return what happened since the last call; None for nothing."""

@@ -128,6 +128,7 @@ class Transport(ABC):
     """
 
     name: ClassVar[str]
+    needs_pump: bool = False
 
     @abstractmethod
     def register_regions(self, regions: Sequence[KVRegion]) -> None:
@@ -215,16 +216,12 @@ class Transport(ABC):
     def poll(self) -> list[TransferOutcome]:
         """Make progress and return the transfers that ended since the last call."""
 
-    def pump(self) -> bool:
+    def pump(self) -> None:  # noqa: B027 - nothing to do by default
         """Issue what only the thread that computes may issue; called by it, between steps.
 
         A library that wants all operations of a device from one thread leaves no other
-        choice. Nothing to do by default.
-
-        Returns:
-            Whether there is more to do, so that it should be called again soon.
+        choice. Called only where ``needs_pump``.
         """
-        return False
 
     @abstractmethod
     def close(self) -> None:

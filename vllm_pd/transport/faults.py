@@ -102,6 +102,7 @@ class FaultyTransport(Transport):
     def __init__(self, inner: Transport, spec: FaultSpec) -> None:
         self._inner = inner
         self._spec = spec
+        self.needs_pump = inner.needs_pump
         self.name = inner.name  # type: ignore[misc]  # stands for it, in the handshake too
         self._regions: Sequence[KVRegion] = ()
         self._peers: set[str] = set()
@@ -194,8 +195,8 @@ class FaultyTransport(Transport):
         self._wake()
         return outcomes
 
-    def pump(self) -> bool:  # noqa: D102
-        return self._inner.pump()
+    def pump(self) -> None:  # noqa: D102
+        self._inner.pump()
 
     def close(self) -> None:  # noqa: D102
         self._inner.close()
