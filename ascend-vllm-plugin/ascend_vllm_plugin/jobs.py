@@ -101,14 +101,14 @@ class ConnectJob(Job):
             self._meeting.begin(root)
         self.has_begun = True
         communicator = self._tools.backend.connect(root, is_leader=is_leader)
-        self.channel = Channel(communicator, stream)
         try:
             move = communicator.send if self._sends else communicator.recv
             move(self._tools.warm, stream)
         except HcclError:
             communicator.destroy()
             raise
-        return self.channel.stream.record()
+        self.channel = Channel(communicator, stream)
+        return stream.record()
 
 
 class EndJob(Job):

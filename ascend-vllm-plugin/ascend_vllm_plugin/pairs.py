@@ -72,7 +72,8 @@ class Pairs:
         local: this worker.
         send: sends a frame to the pair's peer, from any thread.
         on_up: called with a pair that can be used.
-        on_failed: called with a pair that HCCL could not link, and why.
+        on_failed: called with a pair that could not be set up, why, and whether HCCL was
+            asked for it.
     """
 
     def __init__(
@@ -81,7 +82,7 @@ class Pairs:
         *,
         send: Callable[[Pair, AnyFrame], None],
         on_up: Callable[[Pair], None],
-        on_failed: Callable[[Pair, str], None],
+        on_failed: Callable[[Pair, str, bool], None],
     ) -> None:
         self._local = local
         self._send = send
@@ -165,10 +166,11 @@ class Pairs:
         assert pair.job is not None
         job, pair.job = pair.job, None
         self._take(self._turns.end(pair.name))
-        if pair.is_over:
-            if job.channel is not None:
-                self._local.engine.put(EndJob(job.channel))
-        elif error is None:
+        if job.channel is not None and (error is not None or pair.is_over):
+            self._local.engine.put(EndJob(job.channel))
+        if error is not None:
+            self._on_failed(pair, error, job.has_begun)
+        elif not pair.is_over:
             pair.channel = job.channel
             logger.info(
                 "hccl: communicator with worker %s (%s), made in %.0f ms",
@@ -177,7 +179,3 @@ class Pairs:
                 (time.monotonic() - pair.started) * 1e3,
             )
             self._on_up(pair)
-        elif job.has_begun:
-            self._on_failed(pair, error)
-        else:
-            self._on_failed(pair, f"before HCCL was asked: {error}")

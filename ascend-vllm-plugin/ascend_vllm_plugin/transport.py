@@ -253,11 +253,13 @@ class HcclTransport(HostTransport):
     def _use_pair(self, pair: Pair) -> None:
         self._advance(pair)
 
-    def _give_pair_up(self, pair: Pair, reason: str) -> None:
-        """Take note that HCCL cannot link two workers; others go another way."""
-        self._unlinkable[pair.worker] = time.monotonic() + RETRY_S
-        self._refuse(pair.worker, f"cannot be linked: {reason}")
-        self._lose(pair.peer_id, pair.direction, reason)
+    def _give_pair_up(self, pair: Pair, reason: str, has_begun: bool) -> None:  # noqa: FBT001
+        """Take note that HCCL cannot link two workers; what follows goes another way."""
+        if has_begun:
+            self._unlinkable[pair.worker] = time.monotonic() + RETRY_S
+            self._refuse(pair.worker, f"cannot be linked: {reason}")
+        if not pair.is_over:
+            self._lose(pair.peer_id, pair.direction, reason)
 
     def _refuse(self, worker: str, reason: str) -> None:
         self._refusal = reason

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -27,6 +28,7 @@ TIME_SCALE = "0.2"
 """Of timeouts: 4 s to connect, and 6 s to execute where the transport asks for 30."""
 
 HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -44,13 +46,29 @@ def cann(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build(tmp_path_factory.mktemp("cann"))
 
 
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder in which the plugin is installed, with its entry points."""
+    folder = tmp_path_factory.mktemp("plugin")
+    source = shutil.copytree(ROOT / "ascend-vllm-plugin", folder / "source")
+    quiet = ["--quiet", "--no-deps", "--no-build-isolation", "--disable-pip-version-check"]
+    command = [sys.executable, "-m", "pip", "install", *quiet, "--target"]
+    subprocess.run([*command, folder / "site", source], check=True, capture_output=True, text=True)
+    return folder / "site"
+
+
 @pytest.mark.parametrize("path", sorted(HERE.glob("test_[!i]*.py")), ids=lambda path: path.stem)
-def test_passes_on_the_double(npu_python: str, cann: Path, path: Path) -> None:
+def test_passes_on_the_double(npu_python: str, cann: Path, site: Path, path: Path) -> None:
     quiet = ["-q", "--show-capture=no", "-p", "no:cacheprovider"]
     done = subprocess.run(
         [npu_python, "-m", "pytest", *quiet, str(path)],
-        cwd=HERE.parent.parent,
-        env=environment(cann, HCCL_CONNECT_TIMEOUT="0", FAKE_CANN_TIME_SCALE=TIME_SCALE),
+        cwd=ROOT,
+        env=environment(
+            cann,
+            HCCL_CONNECT_TIMEOUT="0",
+            FAKE_CANN_TIME_SCALE=TIME_SCALE,
+            PYTHONPATH=f"{ROOT}:{site}",
+        ),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

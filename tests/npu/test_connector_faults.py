@@ -1,0 +1,152 @@
+"""What is lost when a peer is lost, or HCCL fails; with torch_npu and HCCL's double.
+
+Facts about HCCL 9.1 behind it: a matched operation cannot be aborted, so a survivor waits
+until its execution timeout; creating a communicator fails with an error code.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import time
+from collections.abc import Callable, Iterator
+
+import msgspec
+import pytest
+
+from tests.npu.engines import (
+    CONFIG,
+    Make,
+    Model,
+    NpuEngine,
+    fetch_everywhere,
+    load,
+    transports_used,
+)
+from tests.npu.peer import REQUEST, Peer
+from vllm_pd.session.consumer import FetchRequest
+from vllm_pd.session.producer import Grant
+
+GQA = Model(8)
+AUTO = msgspec.structs.replace(CONFIG, transport="auto")
+TCP_CONNECT = 11  # HCCL_E_TCP_CONNECT
+
+Fail = Callable[[str], None]
+
+
+@pytest.fixture
+def make() -> Iterator[Make]:
+    engines: list[NpuEngine] = []
+
+    def make(*args: object, **kwargs: object) -> NpuEngine:
+        engines.append(NpuEngine(*args, **kwargs))  # type: ignore[arg-type]
+        return engines[-1]
+
+    yield make
+    for engine in engines:
+        engine.close()
+
+
+@pytest.fixture
+def fail() -> Iterator[Fail]:
+    """Makes calls of the double fail, as NAME:CALL:CODE."""
+    double = ctypes.CDLL("libascendcl.so")
+
+    def fail(calls: str) -> None:
+        double.fakeSet(b"FAKE_CANN_FAIL", calls.encode())
+
+    yield fail
+    fail("")
+
+
+def expect_recompute(engine: NpuEngine, request_id: str, blocks: set[int]) -> None:
+    assert engine.finished(0) == (set(), {request_id})
+    assert engine.workers[0].take_invalid_block_ids() == blocks
+
+
+def fetch_once(producer: NpuEngine, consumer: NpuEngine, transfer_id: str) -> None:
+    producer.workers[0].start([], [Grant(transfer_id, f"prefill-{transfer_id}", (2, 3))], [])
+    consumer.workers[0].start([load(producer, transfer_id=transfer_id)], [], [])
+
+
+def test_workers_that_hccl_cannot_link_use_tcp_from_the_next_request_on(
+    make: Make, fail: Fail, caplog: pytest.LogCaptureFixture
+) -> None:
+    producer = make("p", (0,), GQA, config=AUTO)
+    consumer = make("d", (1,), GQA, first=10**6, config=AUTO)
+    fail(f"HcclCommInitRootInfo:1:{TCP_CONNECT},HcclCommInitRootInfo:2:{TCP_CONNECT}")
+    fetch_once(producer, consumer, "a")
+    expect_recompute(consumer, "decode-a", {5, 6})
+    fetch_everywhere(producer, consumer, "b")
+    assert transports_used(consumer) == {"hccl", "tcp"}
+    mode, reason = consumer.workers[0].transport_info()["hccl"]
+    assert (mode, "TCP_CONNECT" in reason, "HCCL_IF_IP" in reason) == ("ctypes", True, True)
+    assert caplog.text.count("hccl is not used with worker") == 2  # once on each side
+
+
+def test_workers_that_insist_on_hccl_recompute_where_it_cannot_link(make: Make, fail: Fail) -> None:
+    producer, consumer = make("p", (0,), GQA), make("d", (1,), GQA, first=10**6)
+    fail(f"HcclCommInitRootInfo:1:{TCP_CONNECT},HcclCommInitRootInfo:2:{TCP_CONNECT}")
+    for transfer_id in ("a", "b"):
+        fetch_once(producer, consumer, transfer_id)
+        expect_recompute(consumer, f"decode-{transfer_id}", {5, 6})
+    assert consumer.workers[0].take_stats() is not None
+
+
+@pytest.mark.parametrize("call", ["HcclSend", "HcclRecv"])
+def test_refused_operation_fails_one_fetch_and_the_communicator_is_made_anew(
+    make: Make, fail: Fail, call: str
+) -> None:
+    producer, consumer = make("p", (0,), GQA), make("d", (1,), GQA, first=10**6)
+    fetch_everywhere(producer, consumer, "a")
+    fail(f"{call}:1:4")
+    fetch_once(producer, consumer, "b")
+    expect_recompute(consumer, "decode-b", {5, 6})
+    producer.workers[0].start([], [], ["b"])  # as the consumer's scheduler half asks for
+    assert producer.finished(0) == ({"prefill-b"}, set())
+    fail("")
+    fetch_once(producer, consumer, "c")
+    assert consumer.finished(0) == (set(), {"decode-c"})
+    assert consumer.workers[0].take_invalid_block_ids() == set()
+
+
+def test_producer_that_dies_before_it_sends_costs_a_recompute_at_once(make: Make) -> None:
+    consumer = make("d", (1,), GQA)
+    with Peer("p", 2) as peer:
+        peer.ask("grant", "a", [1, 2])
+        consumer.workers[0].start([request_of(peer, "a")], [], [])
+        assert consumer.finished(0) == (set(), {"decode-a"})
+        assert consumer.workers[0].take_invalid_block_ids() == set()
+        peer.ask("hold")
+        peer.ask("grant", "b", [3, 4])
+        consumer.workers[0].start([request_of(peer, "b")], [], [])
+        started = time.monotonic()
+        peer.kill()
+        expect_recompute(consumer, "decode-b", {5, 6})
+        assert time.monotonic() - started < CONFIG.transfer_timeout_s
+
+
+def test_consumer_that_dies_holds_the_blocks_no_longer_than_hccl_holds_the_sender(
+    make: Make,
+) -> None:
+    producer = make("p", (0,), GQA)
+    worker = producer.workers[0]
+    with Peer("d", 3) as peer:
+        worker.start([], [Grant("a", "prefill-a", (1, 2))], [])
+        peer.ask("fetch", "p", producer.endpoint.port, "a", [1, 2])
+        assert peer.ask("finished") == [[], [REQUEST], []]
+        assert producer.finished(0) == ({"prefill-a"}, set())
+        peer.ask("hold")
+        worker.start([], [Grant("b", "prefill-b", (3, 4))], [])
+        peer.ask("fetch", "p", producer.endpoint.port, "b", [3, 4])
+        time.sleep(1.0)  # the sender's half is issued; it would be no error if it were not
+        peer.kill()
+    worker.start([], [], ["b"])
+    assert producer.finished(0) == ({"prefill-b"}, set())
+    consumer = make("e", (1,), GQA, first=10**6)
+    fetch_everywhere(producer, consumer, "c")
+
+
+def request_of(peer: Peer, transfer_id: str) -> FetchRequest:
+    return FetchRequest(
+        f"decode-{transfer_id}", transfer_id, peer.engine_id, "127.0.0.1", peer.port, 0, (6, 5)
+    )
