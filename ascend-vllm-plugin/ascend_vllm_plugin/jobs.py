@@ -67,7 +67,6 @@ class ConnectJob(Job):
 
     Attributes:
         channel: once it is done, and well.
-        has_begun: whether HCCL was asked for anything.
     """
 
     def __init__(
@@ -84,7 +83,6 @@ class ConnectJob(Job):
         self._sends = sends
         self._stream: EngineStream | None = None
         self.channel: Channel | None = None
-        self.has_begun = False
 
     def issue(self) -> EngineEvent | None:  # noqa: D102
         if self._stream is None:
@@ -99,7 +97,6 @@ class ConnectJob(Job):
         if is_leader:
             root = self._tools.backend.make_root()
             self._meeting.begin(root)
-        self.has_begun = True
         communicator = self._tools.backend.connect(root, is_leader=is_leader)
         try:
             move = communicator.send if self._sends else communicator.recv

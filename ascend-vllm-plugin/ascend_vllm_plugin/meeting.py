@@ -42,6 +42,11 @@ class Meeting:
         self._is_coming = False  # leader: Coming has come
         self.root = b""
 
+    @property
+    def is_settled(self) -> bool:
+        """Whether both sides ask HCCL for the communicator, or have done so."""
+        return self._is_coming if self.is_leader else self._has_begun
+
     # The engine's thread
 
     def attend(self, window_s: float) -> bool:

@@ -169,7 +169,7 @@ class Pairs:
         if job.channel is not None and (error is not None or pair.is_over):
             self._local.engine.put(EndJob(job.channel))
         if error is not None:
-            self._on_failed(pair, error, job.has_begun)
+            self._on_failed(pair, error, pair.meeting.is_settled)
         elif not pair.is_over:
             pair.channel = job.channel
             logger.info(

@@ -273,7 +273,7 @@ class HcclTransport(HostTransport):
             self._wants.pop(peer_id, None)
         if pair is None:
             return
-        if pair.job is not None and pair.job.has_begun:
+        if pair.job is not None and pair.meeting.is_settled:
             self._unlinkable[pair.worker] = time.monotonic() + RETRY_S
         for transfer in self._transfers.pop((peer_id, direction)):
             self._drop(transfer)
