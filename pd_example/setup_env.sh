@@ -266,8 +266,9 @@ pd_setup_npu() {
   PD_LOG=$(mktemp)
   if (cd / && "$PD_PYTHON" - "$PD_REPO") <<'PY' 2>/dev/null
 import importlib.metadata, pathlib, sys
-import vllm_pd
+import ascend_vllm_plugin, vllm_pd
 importlib.metadata.version("vllm-pd")
+importlib.metadata.version("ascend-vllm-plugin")
 sys.exit(not pathlib.Path(vllm_pd.__file__).is_relative_to(sys.argv[1]))
 PY
   then
@@ -280,6 +281,11 @@ PY
     pd_pip --no-deps --editable "$PD_REPO" ||
     pd_step "trying again with the image's own setuptools" pd_install_project ||
     pd_step_failed "vllm-pd could not be installed"
+  pd_step "installing the HCCL transport" \
+    pd_pip --no-deps --editable "$PD_REPO/ascend-vllm-plugin" ||
+    pd_step "trying again with the image's own setuptools" \
+      pd_pip --no-deps --no-build-isolation --editable "$PD_REPO/ascend-vllm-plugin" ||
+    pd_step_failed "ascend-vllm-plugin could not be installed"
 }
 
 # Set PD_PYTHON and VLLM_PD; fail where the environment was never set up.

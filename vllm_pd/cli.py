@@ -172,7 +172,7 @@ def up(
         str | None,
         typer.Option(
             envvar="VLLM_PD_TRANSPORT",
-            metavar="auto|shm|tcp",
+            metavar="auto|hccl|shm|tcp",
             help="How KV blocks move. \\[default: auto, the best that both ends offer]",
         ),
     ] = None,
@@ -279,6 +279,25 @@ def logs(
     from vllm_pd.launcher import commands
 
     commands.logs(_run_dir(run_dir), name, _console(), num_lines=num_lines, following=follow)
+
+
+@app.command()
+def doctor(
+    device: Annotated[
+        str | None,
+        typer.Option(envvar="DEVICE", metavar="npu|cuda|cpu", help="What is to be used."),
+    ] = None,
+) -> int:
+    """Check this machine: devices, versions, driver, network, ports, memory, clock.
+
+    Prints one line each, with what to do. Exit code 1: there is a problem.
+    """
+    from vllm_pd.launcher.doctor import examine, exit_code
+
+    checks = examine(device, os.environ)
+    for check in checks:
+        typer.echo(str(check))
+    return exit_code(checks)
 
 
 @app.command()

@@ -21,7 +21,7 @@ from vllm_pd.launcher.launch import launch
 from vllm_pd.launcher.logs import LogFollower, last_lines
 from vllm_pd.launcher.model import DEMO_MODEL_NAME, check_model
 from vllm_pd.launcher.plan import DeploymentPlan
-from vllm_pd.launcher.planning import Model, make_plan, uses_hccl_connector, wanted_ports
+from vllm_pd.launcher.planning import Model, make_plan, wanted_ports
 from vllm_pd.launcher.ports import check_ports
 from vllm_pd.launcher.process import is_alive
 from vllm_pd.launcher.progress import LiveProgress, PlainProgress, Progress
@@ -89,7 +89,9 @@ def prepare(
         environ=os.environ,
     )
     check_engine(machine.device)
-    check_transports(needed_transports(topology, machine.device))
+    check_transports(topology.connector.transport_names)
+    if machine.device == "npu" and topology.connector.transport == "auto":
+        warnings += missing_hccl()
     check_ports(wanted_ports(topology, plan))
     for warning in warnings:
         say(f"warning: {warning}")
@@ -100,11 +102,14 @@ def prepare(
     return plan
 
 
-def needed_transports(topology: Topology, device: str) -> Sequence[str] | None:
-    """Return the transports that must be installed; None: any will do."""
-    if uses_hccl_connector(topology, device):
-        return ("hccl",)
-    return topology.connector.transport_names
+def missing_hccl() -> list[str]:
+    """Return a warning where NPUs have to send their KV cache through host memory."""
+    if metadata.entry_points(group="vllm_pd.transports", name="hccl"):
+        return []
+    return [
+        "the hccl transport is not installed: KV cache goes through host memory; "
+        "pip install --no-deps ./ascend-vllm-plugin"
+    ]
 
 
 def check_transports(names: Sequence[str] | None) -> None:
@@ -119,7 +124,7 @@ def check_transports(names: Sequence[str] | None) -> None:
             if name == "hccl":
                 raise ConfigError(
                     "the hccl transport is not installed",
-                    hint="install ascend-vllm-plugin; host transports do not reach NPU memory",
+                    hint="pip install --no-deps ./ascend-vllm-plugin, or use transport auto or tcp",
                 )
             raise ConfigError(
                 f"unknown transport {name!r}", hint=f"use auto or one of {', '.join(known)}"

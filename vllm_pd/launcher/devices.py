@@ -14,6 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vllm_pd.errors import ConfigError
+from vllm_pd.launcher.network import find_host_ip, interface_of, used_ports
+from vllm_pd.launcher.npu_env import Network
+from vllm_pd.launcher.npu_smi import Npu, parse_info
 
 DEVICES = ("npu", "cuda", "cpu")
 VISIBLE_DEVICES = {"npu": "ASCEND_RT_VISIBLE_DEVICES", "cuda": "CUDA_VISIBLE_DEVICES"}
@@ -31,11 +34,17 @@ class Machine:
         device: ``cpu``, ``cuda`` or ``npu``.
         pool: device ids, or CPU core numbers, in the order they are given out.
         mem_available_gib: host memory that can be used without swapping.
+        network: how other hosts reach this one; NPUs only.
+        used_ports: TCP ports in use; NPUs only.
+        npus: what the tool tells of the NPUs; nothing where there is no tool.
     """
 
     device: str
     pool: tuple[str, ...]
     mem_available_gib: float = 0.0
+    network: Network | None = None
+    used_ports: frozenset[int] = frozenset()
+    npus: tuple[Npu, ...] = ()
 
 
 def find_machine(device: str | None, environ: Mapping[str, str]) -> Machine:
@@ -54,7 +63,11 @@ def find_machine(device: str | None, environ: Mapping[str, str]) -> Machine:
         raise ConfigError(f"unknown device {device!r}", hint=f"use one of {', '.join(DEVICES)}")
     if not (pool := find_pool(device, environ)):
         raise ConfigError(f"no {NOUNS[device]} found", hint="DEVICE=cpu serves on the CPU")
-    return Machine(device, pool, available_memory_gib())
+    if device != "npu":
+        return Machine(device, pool, available_memory_gib())
+    host_ip = find_host_ip()
+    network = Network(host_ip, interface_of(host_ip)) if host_ip else None
+    return Machine(device, pool, available_memory_gib(), network, used_ports(), query_npus())
 
 
 def check_engine(device: str) -> None:
@@ -113,15 +126,12 @@ def visible_pool(value: str | None) -> tuple[str, ...] | None:
 def find_npus(dev: Path = Path("/dev")) -> tuple[str, ...]:
     """Return the logical ids of the NPUs: 0 to n-1, whatever their device files are called."""
     count = sum(bool(re.fullmatch(r"davinci\d+", path.name)) for path in dev.glob("davinci*"))
-    if not count and (output := _query("npu-smi", "info", "-l")):
-        count = count_npus(output)
-    return tuple(map(str, range(count)))
+    return tuple(map(str, range(count or len(query_npus()))))
 
 
-def count_npus(listing: str) -> int:
-    """Read the number of NPUs from ``npu-smi info -l``."""
-    found = re.search(r"Total Count\s*:\s*(\d+)", listing)
-    return int(found[1]) if found else 0
+def query_npus() -> tuple[Npu, ...]:
+    """Ask ``npu-smi info``; nothing where it is missing or fails."""
+    return parse_info(_query("npu-smi", "info") or "")
 
 
 def find_gpus() -> tuple[str, ...]:

@@ -25,6 +25,8 @@ from vllm_pd.config import (
 )
 from vllm_pd.errors import ConfigError
 from vllm_pd.launcher.devices import NOUNS, VISIBLE_DEVICES, Machine
+from vllm_pd.launcher.npu_env import Network, npu_envs
+from vllm_pd.launcher.npu_smi import complaints
 from vllm_pd.launcher.plan import ROUTER, DeploymentPlan, ProcessSpec, Timing
 from vllm_pd.launcher.ports import http_url
 from vllm_pd.launcher.split import Placement, core_list, fill_groups, kv_cache_gib, place
@@ -95,7 +97,7 @@ def make_plan(
     for args in (topology.args, *(group.args for group in groups.values())):
         _check_args(args)
     placements, warnings = place(groups, machine.pool, device=machine.device)
-    kv_transfer_config = _kv_transfer_config(topology, machine.device, cluster_key_file)
+    kv_transfer_config = _kv_transfer_config(topology, cluster_key_file)
     instances = [
         _instance(topology, machine, p, model=model, kv_transfer_config=kv_transfer_config)
         for p in placements
@@ -103,6 +105,8 @@ def make_plan(
     if machine.device == "cpu":
         kv_space = _cpu_kv_space(topology, machine, len(placements), environ)
         instances = [_with_default_env(spec, kv_space) for spec in instances]
+    if machine.device == "npu":
+        instances = _with_npu_env(topology, machine, instances, environ)
     router = _router(topology, instances, cluster_key_file)
     plan = DeploymentPlan(
         model=model.path,
@@ -129,7 +133,7 @@ def wanted_ports(topology: Topology, plan: DeploymentPlan) -> list[tuple[str, st
         (
             spec.name,
             topology.router.host if spec.role == ROUTER else topology.host,
-            int(spec.url.rpartition(":")[2]),
+            _port_of(spec),
         )
         for spec in plan.processes
     ]
@@ -170,12 +174,32 @@ def _drain_timeout_s(topology: Topology, args: Sequence[str]) -> float:
     return found
 
 
-def uses_hccl_connector(topology: Topology, device: str) -> bool:
-    """Return whether the instances insist on HCCL: on NPUs, unless a transport is named."""
-    return device == "npu" and topology.connector.transport == "auto"
+def _with_npu_env(
+    topology: Topology,
+    machine: Machine,
+    instances: Sequence[ProcessSpec],
+    environ: Mapping[str, str],
+) -> list[ProcessSpec]:
+    """Refuse NPUs that cannot be used, and give each instance its own addresses and ports."""
+    if machine.npus:
+        wanted = [d for spec in instances for d in spec.env[VISIBLE_DEVICES["npu"]].split(",")]
+        if found := complaints(machine.npus, wanted):
+            raise ConfigError("; ".join(found))
+    network = machine.network
+    if not topology.connector.is_loopback:
+        host_ip = topology.connector.side_channel_host
+        same = network is not None and network.host_ip == host_ip
+        network = network if same else Network(host_ip)
+    taken = machine.used_ports | {topology.router.port, *(_port_of(spec) for spec in instances)}
+    envs = npu_envs(len(instances), network, taken, environ)
+    return [_with_default_env(spec, env) for spec, env in zip(instances, envs, strict=True)]
 
 
-def _kv_transfer_config(topology: Topology, device: str, cluster_key_file: Path) -> str:
+def _port_of(spec: ProcessSpec) -> int:
+    return int(spec.url.rpartition(":")[2])
+
+
+def _kv_transfer_config(topology: Topology, cluster_key_file: Path) -> str:
     """Return the value of ``--kv-transfer-config``."""
     connector = topology.connector
     if connector.side_channel_port:
@@ -188,9 +212,7 @@ def _kv_transfer_config(topology: Topology, device: str, cluster_key_file: Path)
     extra.setdefault("cluster_key_file", str(cluster_key_file))
     return json.dumps(
         {
-            "kv_connector": (
-                "HcclConnector" if uses_hccl_connector(topology, device) else "PDConnector"
-            ),
+            "kv_connector": "PDConnector",
             "kv_role": "kv_both",
             "kv_load_failure_policy": "recompute",
             "kv_connector_extra_config": extra,

@@ -7,7 +7,6 @@ import pytest
 from vllm_pd.errors import ConfigError
 from vllm_pd.launcher.devices import (
     available_memory_gib,
-    count_npus,
     find_machine,
     find_npus,
     find_pool,
@@ -16,26 +15,11 @@ from vllm_pd.launcher.devices import (
     visible_pool,
 )
 
-NPU_LISTING = """\
-        Total Count                    : 8
-
-        NPU ID                         : 0
-        Product Name                   : IT21HMDB02-B2
-        Chip Count                     : 1
-"""
 GPU_LISTING = """\
 GPU 0: NVIDIA A100-SXM4-80GB (UUID: GPU-1)
   MIG 3g.40gb     Device  0: (UUID: MIG-2)
 GPU 1: NVIDIA A100-SXM4-80GB (UUID: GPU-3)
 """
-
-
-def test_npu_count_is_read_from_npu_smi() -> None:
-    assert count_npus(NPU_LISTING) == 8
-
-
-def test_npu_listing_without_a_count_means_none() -> None:
-    assert count_npus("dcmi module initialize failed") == 0
 
 
 def test_npus_are_counted_by_device_file_and_numbered_from_zero(tmp_path: Path) -> None:

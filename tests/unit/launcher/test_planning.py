@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,8 @@ import pytest
 from vllm_pd.config import ConnectorConfig, InstanceGroup, RouterConfig, Topology
 from vllm_pd.errors import ConfigError
 from vllm_pd.launcher.devices import Machine
+from vllm_pd.launcher.npu_env import Network
+from vllm_pd.launcher.npu_smi import Npu, NpuProcess
 from vllm_pd.launcher.plan import DeploymentPlan, ProcessSpec
 from vllm_pd.launcher.planning import Model, make_plan, wanted_ports
 
@@ -83,19 +86,51 @@ def test_connector_options_of_the_topology_are_passed_on() -> None:
     assert extra == {"transport": "tcp", "lease_s": 5.0, "cluster_key_file": "/my.key"}
 
 
-def test_npu_instances_use_the_hccl_connector_and_their_own_devices() -> None:
+def test_npu_instances_use_the_best_transport_and_their_own_devices() -> None:
     plan = plan_of(Topology(), NPU)
     prefill, decode = process(plan, "prefill-0"), process(plan, "decode-0")
-    assert kv_transfer_config(prefill)["kv_connector"] == "HcclConnector"
-    assert prefill.env == {"ASCEND_RT_VISIBLE_DEVICES": "0,1,2,3"}
-    assert decode.env == {"ASCEND_RT_VISIBLE_DEVICES": "4,5,6,7"}
+    assert kv_transfer_config(prefill)["kv_connector"] == "PDConnector"
+    assert "transport" not in kv_transfer_config(prefill)["kv_connector_extra_config"]
+    assert prefill.env["ASCEND_RT_VISIBLE_DEVICES"] == "0,1,2,3"
+    assert decode.env["ASCEND_RT_VISIBLE_DEVICES"] == "4,5,6,7"
     assert option(decode, "--tensor-parallel-size") == "4"
 
 
-def test_npu_instances_with_a_named_transport_use_the_plain_connector() -> None:
-    topology = Topology(connector=ConnectorConfig(transport="tcp"))
-    spec = process(plan_of(topology, NPU), "prefill-0")
-    assert kv_transfer_config(spec)["kv_connector"] == "PDConnector"
+def test_any_split_of_the_npus_can_be_asked_for() -> None:
+    topology = Topology(prefill=InstanceGroup(count=1, tp=4), decode=InstanceGroup(count=2, tp=2))
+    plan = plan_of(topology, NPU)
+    visible = {spec.name: spec.env.get("ASCEND_RT_VISIBLE_DEVICES") for spec in plan.processes}
+    assert visible == {"prefill-0": "0,1,2,3", "decode-0": "4,5", "decode-1": "6,7", "router": None}
+
+
+def test_npu_instances_have_ports_of_hccl_that_nobody_else_has() -> None:
+    machine = dataclasses.replace(NPU, used_ports=frozenset({61010}))
+    topology = Topology(prefill_port=61100)
+    plan = plan_of(topology, machine)
+    ranges = [spec.env["HCCL_HOST_SOCKET_PORT_RANGE"] for spec in plan.processes[:2]]
+    assert ranges == ["61011-61074", "61165-61228"]
+
+
+def test_npu_instances_of_several_hosts_use_the_address_that_peers_know() -> None:
+    connector = ConnectorConfig(side_channel_host="10.0.0.7", cluster_key_file="/my.key")
+    machine = dataclasses.replace(NPU, network=Network("10.0.0.7", "enp1s0"))
+    spec = process(plan_of(Topology(connector=connector), machine), "prefill-0")
+    assert (spec.env["HCCL_IF_IP"], spec.env["HCCL_SOCKET_IFNAME"]) == ("10.0.0.7", "enp1s0")
+
+
+def test_npu_in_use_is_refused() -> None:
+    busy = Npu(5, 5, 0, "910B3", "OK", 30720, 65536, (NpuProcess(4711, "python", 30720),))
+    idle = [Npu(index, index, 0, "910B3", "OK", 0, 65536) for index in range(5)]
+    with pytest.raises(ConfigError, match="NPU 5 is in use by process 4711"):
+        plan_of(
+            Topology(decode=InstanceGroup(tp=2)),
+            Machine("npu", tuple("012345"), npus=(*idle, busy)),
+        )
+
+
+def test_environment_of_the_topology_wins_over_the_launchers() -> None:
+    spec = process(plan_of(Topology(env={"HCCL_BUFFSIZE": "512"}), NPU), "decode-0")
+    assert spec.env["HCCL_BUFFSIZE"] == "512"
 
 
 def test_a_side_channel_port_for_all_instances_is_refused() -> None:

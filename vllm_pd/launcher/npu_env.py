@@ -1,0 +1,100 @@
+"""Environment of instances on NPUs, so that none takes another's addresses or ports. Pure.
+
+Variables as in the documents of vllm-ascend 0.23.0 and HCCL 9.1; those that the user has
+set are left alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+
+from vllm_pd.errors import ConfigError
+
+FIRST_PORT = 61000
+"""Above the ports that Linux gives to clients (``net.ipv4.ip_local_port_range``)."""
+
+RANGE_LEN = 64
+"""Ports per instance and kind: HCCL's own default is 32 for all ranks of a host."""
+
+_LAST_PORT = 65535
+
+DEFAULTS = {
+    "PYTORCH_NPU_ALLOC_CONF": "expandable_segments:True",
+    "TASK_QUEUE_ENABLE": "1",
+    "HCCL_BUFFSIZE": "256",
+}
+"""For every instance, unless the user sets them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Network:
+    """Where other instances reach this host.
+
+    Attributes:
+        host_ip: address.
+        interface: the network interface that has it; ``""`` if it is not known.
+    """
+
+    host_ip: str
+    interface: str = ""
+
+
+def port_ranges(num_ranges: int, taken: Collection[int]) -> list[range]:
+    """Return ranges that share no port with each other or with what is taken.
+
+    Raises:
+        ConfigError: there are not so many.
+    """
+    free = _free_ranges(taken)
+    ranges = [found for _, found in zip(range(num_ranges), free, strict=False)]
+    if len(ranges) < num_ranges:
+        raise ConfigError(
+            f"{num_ranges} ranges of {RANGE_LEN} ports wanted for HCCL, {len(ranges)} are free "
+            f"from {FIRST_PORT} to {_LAST_PORT}",
+            hint="use fewer instances, or set HCCL_HOST_SOCKET_PORT_RANGE and "
+            "HCCL_NPU_SOCKET_PORT_RANGE in env of the topology file",
+        )
+    return ranges
+
+
+def _free_ranges(taken: Collection[int]) -> Iterator[range]:
+    first = FIRST_PORT
+    while first + RANGE_LEN - 1 <= _LAST_PORT:
+        found = range(first, first + RANGE_LEN)
+        if clash := [port for port in found if port in taken]:
+            first = clash[-1] + 1
+            continue
+        yield found
+        first = found.stop
+
+
+def npu_envs(
+    num_instances: int, network: Network | None, taken: Collection[int], environ: Mapping[str, str]
+) -> list[dict[str, str]]:
+    """Return the variables of each instance.
+
+    Args:
+        num_instances: how many there are.
+        network: how peers reach this host; None: HCCL finds out.
+        taken: ports that are in use or promised to others.
+        environ: the user's environment.
+
+    Raises:
+        ConfigError: there are not enough ports.
+    """
+    common = dict(DEFAULTS)
+    if network is not None:
+        common["HCCL_IF_IP"] = network.host_ip
+        if network.interface:
+            for name in ("HCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME", "TP_SOCKET_IFNAME"):
+                common[name] = network.interface
+    ranges = port_ranges(2 * num_instances, taken)
+    envs = []
+    for host, npu in zip(ranges[::2], ranges[1::2], strict=True):
+        env = common | {
+            "HCCL_HOST_SOCKET_PORT_RANGE": f"{host.start}-{host.stop - 1}",
+            "HCCL_NPU_SOCKET_PORT_RANGE": f"{npu.start}-{npu.stop - 1}",
+        }
+        envs.append({name: value for name, value in env.items() if name not in environ})
+    return envs
