@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ascend_vllm_plugin.backend import Backend, EngineDevice
+from ascend_vllm_plugin.backend import Backend
 from ascend_vllm_plugin.device import NpuDevice
+from ascend_vllm_plugin.libhccl import CtypesBackend
+from ascend_vllm_plugin.process_group import ProcessGroupBackend
 from ascend_vllm_plugin.settings import Settings
 from ascend_vllm_plugin.versions import check_versions
 from vllm_pd.errors import TransportUnavailableError
@@ -31,12 +33,16 @@ def open_npu(regions: Sequence[KVRegion]) -> NpuDevice:
     return NpuDevice(indices.pop())
 
 
-def open_backend(settings: Settings, device: EngineDevice) -> Backend:  # noqa: ARG001
+def open_backend(settings: Settings, host: str) -> Backend:
     """Load the backend that is asked for.
+
+    Args:
+        settings: which, and how.
+        host: address at which peers reach this worker.
 
     Raises:
         HcclError: it cannot be used.
     """
-    from ascend_vllm_plugin.libhccl import CtypesBackend
-
+    if settings.backend == ProcessGroupBackend.name:
+        return ProcessGroupBackend(host=host, buffer_mb=settings.buffer_mb)
     return CtypesBackend(buffer_mb=settings.buffer_mb, exec_timeout_s=settings.exec_timeout_s)

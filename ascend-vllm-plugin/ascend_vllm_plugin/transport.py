@@ -103,7 +103,7 @@ class HcclTransport(HostTransport):
         options: TransportOptions,
         *,
         open_device: Callable[[Sequence[KVRegion]], EngineDevice] = open_npu,
-        make_backend: Callable[[Settings, EngineDevice], Backend] = open_backend,
+        make_backend: Callable[[Settings, str], Backend] = open_backend,
     ) -> None:
         if options.certificate is not None:
             raise TransportUnavailableError(
@@ -138,7 +138,7 @@ class HcclTransport(HostTransport):
         self._buffer_len = max(CHUNK_LEN, *(region.block_len for region in regions))
         try:
             device = self._open_device(self._regions)
-            backend = self._make_backend(self._settings, device)
+            backend = self._make_backend(self._settings, self._options.host)
             self._planner = Planner(self._regions, device)
             buffers = [device.allocate_device(self._buffer_len) for _ in range(2 * NUM_BUFFERS)]
             warm = device.allocate_device(_WARM_LEN)

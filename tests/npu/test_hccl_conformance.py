@@ -13,11 +13,12 @@ from vllm_pd.transport.base import KVRegion, Transport, TransportOptions
 CHUNK_LEN = 64 * 1024
 
 
-class TestCtypes(HostTransportConformance):
-    """libhccl, called by us."""
+class _OnNpu(HostTransportConformance):
+    backend: str
 
     @pytest.fixture(autouse=True)
     def rig(self, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+        monkeypatch.setenv("VLLM_PD_HCCL_BACKEND", self.backend)
         monkeypatch.setattr("ascend_vllm_plugin.transport.CHUNK_LEN", CHUNK_LEN)
         self._rig = NpuRig()
         yield
@@ -32,3 +33,15 @@ class TestCtypes(HostTransportConformance):
 
     def locate(self, region: KVRegion) -> KVRegion:
         return self._arena.place(region)
+
+
+class TestCtypes(_OnNpu):
+    """libhccl, called by us."""
+
+    backend = "ctypes"
+
+
+class TestProcessGroup(_OnNpu):
+    """libhccl, called by torch_npu."""
+
+    backend = "process_group"

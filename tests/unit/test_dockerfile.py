@@ -1,0 +1,124 @@
+"""Dockerfile.ascend, without Docker: what it copies and runs is there."""
+
+from __future__ import annotations
+
+import fnmatch
+import importlib.util
+import json
+import re
+import shlex
+import shutil
+import tomllib
+from pathlib import Path, PurePosixPath
+
+import pytest
+
+from vllm_pd.cli import run_cli
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+DOCKERFILE = ROOT / "Dockerfile.ascend"
+KNOWN = {"ARG", "FROM", "WORKDIR", "COPY", "RUN", "USER", "EXPOSE", "CMD"}
+OF_THE_IMAGE = {"python3"}
+"""Commands that the base image brings; here another one of the same name is looked for."""
+SEPARATORS = {"&&", "||", ";"}
+
+
+def instructions() -> list[tuple[str, str]]:
+    """Return every instruction and its arguments, continued lines joined."""
+    text = re.sub(r"^#.*\n", "", DOCKERFILE.read_text(), flags=re.MULTILINE)
+    lines = [line.strip() for line in text.replace("\\\n", " ").splitlines() if line.strip()]
+    return [(line.split()[0], line.partition(" ")[2].strip()) for line in lines]
+
+
+def arguments_of(name: str) -> list[str]:
+    return [arguments for instruction, arguments in instructions() if instruction == name]
+
+
+def copied() -> dict[str, str]:
+    """Return, by source in the repository, where it goes."""
+    found = {}
+    for arguments in arguments_of("COPY"):
+        *sources, target = shlex.split(arguments)
+        for source in sources:
+            is_folder = target.endswith("/") and not source.endswith("/")
+            found[source] = f"{target}{PurePosixPath(source).name}" if is_folder else target
+    return found
+
+
+def commands() -> list[list[str]]:
+    """Return the commands of all RUN instructions."""
+    found: list[list[str]] = []
+    for arguments in arguments_of("RUN"):
+        found.append([])
+        for word in shlex.split(arguments):
+            if word in SEPARATORS:
+                found.append([])
+            else:
+                found[-1].append(word)
+    return found
+
+
+def test_every_instruction_is_known() -> None:
+    assert {instruction for instruction, _ in instructions()} <= KNOWN
+
+
+def test_the_base_is_the_official_image_by_tag() -> None:
+    assert arguments_of("FROM") == ["quay.io/ascend/vllm-ascend:${TAG}"]
+    assert arguments_of("ARG")[0] == "TAG=v0.23.0"
+
+
+@pytest.mark.parametrize("source", list(copied()))
+def test_what_is_copied_exists(source: str) -> None:
+    assert (ROOT / source).exists()
+    assert source.endswith("/") == (ROOT / source).is_dir()
+
+
+@pytest.mark.parametrize("source", list(copied()))
+def test_what_is_copied_is_not_left_out_of_the_context(source: str) -> None:
+    ignored = (ROOT / ".dockerignore").read_text().split()
+    assert not [pattern for pattern in ignored if fnmatch.fnmatch(source.rstrip("/"), pattern)]
+
+
+def test_files_that_the_build_of_a_distribution_needs_are_copied() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    wanted = {"pyproject.toml", "vllm_pd/", project["readme"], *project["license-files"]}
+    assert wanted <= set(copied())
+
+
+@pytest.mark.parametrize("command", commands(), ids=lambda command: " ".join(command[:4]))
+def test_every_command_exists(command: list[str]) -> None:
+    assert shutil.which(command[0]), command
+    if command[0] in OF_THE_IMAGE and "-m" in command:
+        assert importlib.util.find_spec(command[command.index("-m") + 1])
+
+
+def test_pip_installs_what_was_copied_and_leaves_the_engine_alone() -> None:
+    installs = [command for command in commands() if "pip" in command]
+    assert len(installs) == 2
+    listed, ours = installs
+    assert listed[-1] in copied()
+    assert not re.search(r"^(torch|vllm)", (ROOT / listed[-1]).read_text(), flags=re.MULTILINE)
+    assert "--no-deps" in ours
+    for folder in (".", "./ascend-vllm-plugin"):
+        assert folder in ours
+        assert (ROOT / folder / "pyproject.toml").is_file()
+    assert "ascend-vllm-plugin/" in copied()
+
+
+def test_modules_that_are_imported_to_check_it_exist() -> None:
+    (check,) = [command for command in commands() if command[:3] == ["python3", "-P", "-c"]]
+    names = check[3].removeprefix("import ").split(", ")
+    assert all(importlib.util.find_spec(name) for name in names)
+
+
+def test_the_command_of_the_image_is_one_of_ours(capsys: pytest.CaptureFixture[str]) -> None:
+    program, *arguments = json.loads(arguments_of("CMD")[0])
+    scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
+    assert program in scripts
+    assert run_cli([*arguments, "--help"]) == 0
+    assert "Usage" in capsys.readouterr().out
+
+
+def test_the_container_does_not_run_as_root() -> None:
+    assert arguments_of("USER") == ["${RUN_AS}"]
+    assert "RUN_AS=vllm-pd" in arguments_of("ARG")
