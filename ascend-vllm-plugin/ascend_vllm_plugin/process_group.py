@@ -145,3 +145,5 @@ class _Group(Communicator):
             self._group.shutdown()
         except RuntimeError as exc:
             logger.warning("hccl: process group: %s", one_line(exc))
+        # Its threads end with it, and must not outlive the interpreter.
+        self._group = self._store = None
