@@ -89,6 +89,7 @@ class Engine:
         max_step_tokens: ``max_num_batched_tokens``; longer prompts are computed in chunks.
         overlap: schedule each step before the output of the one before has come, as
             vLLM does on accelerators (asynchronous scheduling).
+        engine_id: as a platform may set it; None: vLLM's own.
         extra: the connector's options.
     """
 
@@ -100,6 +101,7 @@ class Engine:
         failure_policy: Literal["recompute", "fail"] = "recompute",
         max_step_tokens: int = 4096,
         overlap: bool = False,
+        engine_id: str | None = None,
         **extra: Any,
     ) -> None:
         register()
@@ -109,6 +111,8 @@ class Engine:
             kv_load_failure_policy=failure_policy,
             kv_connector_extra_config=extra,
         )
+        if engine_id is not None:
+            transfer.engine_id = engine_id
         self.config = _vllm_config(model, transfer, num_blocks, max_step_tokens)
         self.config.scheduler_config.async_scheduling = overlap  # CPU turns it off
         self.kv_cache_config = _kv_cache_config(self.config)

@@ -17,6 +17,7 @@ from vllm_pd.connector.stats import PDConnectorStats
 
 if TYPE_CHECKING:
     import pytest
+    from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.outputs import KVConnectorOutput
 
@@ -52,6 +53,11 @@ class Instance:
 
     def close(self) -> None:
         self._connector.shutdown()  # type: ignore[no-untyped-call]
+
+    @property
+    def connector(self) -> KVConnectorBase_V1:
+        """The worker half, as vLLM has it."""
+        return self._connector
 
     @property
     def block_len(self) -> int:

@@ -87,6 +87,11 @@ def in_rank_order(metadata: Mapping[Any, T]) -> list[T]:
     return [metadata[key] for key in sorted(metadata, key=rank)]
 
 
+def plain_mapping(additional_config: object) -> dict[str, Any]:
+    """Return vLLM's ``additional_config``, which may be an object: then it is a platform's own."""
+    return dict(additional_config) if isinstance(additional_config, dict) else {}
+
+
 _SPECIAL_SPECS = ("HiddenStateCacheSpec", "RSWASpec", "SinkFullAttentionSpec")
 
 

@@ -28,6 +28,7 @@ from vllm_pd.connector.compat import (
     cpu_packing,
     engine_index,
     in_rank_order,
+    plain_mapping,
     preferred_layout,
     unsupported_specs,
 )
@@ -131,7 +132,7 @@ class PDConnector(KVConnectorBase_V1, SupportsHMA):
                 tp_rank=_tp_rank(),
                 tp_size=tp_size,
                 fingerprint=_fingerprint(vllm_config, kv_cache_config),
-                additional_config=_plain_mapping(vllm_config.additional_config),
+                additional_config=plain_mapping(vllm_config.additional_config),
             )
             self._reporter = StatsReporter(self._worker)
 
@@ -384,11 +385,6 @@ def _check_supported(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig | N
             f"the model's KV cache is of {', '.join(refused)}",
             hint="only full attention and multi-head latent attention are supported yet",
         )
-
-
-def _plain_mapping(additional_config: Any) -> dict[str, Any]:
-    """Return vLLM's ``additional_config`` where it is one; a platform may make it an object."""
-    return dict(additional_config) if isinstance(additional_config, dict) else {}
 
 
 def _tp_rank() -> int:
