@@ -1,0 +1,60 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from tests.unit.bench.queue import record, serve
+from vllm_pd.bench.arrivals import gamma_arrivals
+from vllm_pd.bench.records import Record
+from vllm_pd.bench.steady import Regime, in_flight, judge
+
+
+def queue(load: float, count: int, seed: int) -> list[Record]:
+    arrivals = gamma_arrivals(count, 10.0 * load, 1.0, np.random.default_rng(seed))
+    return serve(arrivals.tolist(), 0.1)
+
+
+def share_of(regime: Regime, load: float, count: int) -> float:
+    return float(np.mean([judge(queue(load, count, seed)).regime is regime for seed in range(100)]))
+
+
+def test_moderate_load_is_steady() -> None:
+    assert share_of(Regime.STEADY, 0.5, 400) >= 0.99
+
+
+def test_high_but_bearable_load_is_rarely_taken_for_overload() -> None:
+    assert share_of(Regime.UNSTABLE, 0.85, 400) <= 0.05
+
+
+@pytest.mark.parametrize(("load", "count"), [(1.3, 400), (2.0, 120)])
+def test_overload_is_never_called_steady_and_mostly_named(load: float, count: int) -> None:
+    assert share_of(Regime.STEADY, load, count) == 0.0
+    assert share_of(Regime.UNSTABLE, load, count) >= 0.9
+
+
+def test_all_at_once_is_no_steady_state() -> None:
+    found = judge(serve([0.0] * 50, 0.1))
+    assert found.regime is Regime.UNSTABLE
+    assert "backlog" in found.reason
+
+
+def test_few_requests_tell_nothing() -> None:
+    assert judge(queue(0.5, 5, 1)).regime is Regime.SHORT
+
+
+def test_long_requests_need_a_longer_run() -> None:
+    records = [record(due=float(n), ttft=0.1, gaps=[20.0]) for n in range(100)]
+    assert judge(records).regime is Regime.SHORT
+
+
+def test_window_leaves_out_the_first_tenth() -> None:
+    records = serve([float(n) for n in range(101)], 0.1)
+    found = judge(records)
+    assert (found.start_s, found.end_s) == (10.0, 100.0)
+    assert not found.contains(records[9])
+    assert found.contains(records[10])
+
+
+def test_requests_are_in_flight_from_when_they_are_due_until_their_last_token() -> None:
+    records = [record(due=0.0, ttft=1.0), record(due=0.5, ttft=1.0), record(error="lost")]
+    assert in_flight(records, [0.2, 0.7, 1.2, 2.0]) == [1, 2, 1, 0]

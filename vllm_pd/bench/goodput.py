@@ -1,0 +1,172 @@
+"""The highest rate at which a service meets its objectives. Pure: it asks, somebody measures.
+
+Goodput is DistServe's: "the maximum request rate that can be served adhering to the SLO
+attainment goal (say, 90%)" (OSDI 2024), with both objectives met by the same request.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from vllm_pd.bench.stats import NUM_RESAMPLES, Interval, interval_of, redrawn, wilson
+from vllm_pd.errors import ConfigError
+
+_FACTOR = 2.0
+_MAX_BRACKET = 12
+"""Doublings or halvings before the search gives up."""
+
+Outcomes = Sequence[Sequence[bool]]
+"""Whether each request met the objectives, for each seed in the order of arrival."""
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """What was measured at one rate.
+
+    Attributes:
+        rate: requests per second.
+        outcomes: whether requests met the objectives.
+        is_stable: whether the service kept pace in every run.
+    """
+
+    rate: float
+    outcomes: Outcomes
+    is_stable: bool = True
+
+    @property
+    def attainment(self) -> Interval:
+        """Of the requests of all seeds together."""
+        met = [one for run in self.outcomes for one in run]
+        return wilson(sum(met), len(met))
+
+    def passes(self, target: float) -> bool:
+        """Return whether the lower confidence bound reaches the target, in steady runs."""
+        return self.is_stable and self.attainment.low >= target
+
+
+@dataclass(slots=True)
+class Search:
+    """Brackets by doubling or halving, then bisects.
+
+    Ask ``next_rate``, measure it, ``tell`` the trial, until ``next_rate`` is None.
+
+    Attributes:
+        start: first rate to try, requests per second.
+        target: part of the requests that must meet the objectives.
+        tolerance: the bracket ends at most this much apart, relative to the lower one.
+        trials: what was measured so far.
+    """
+
+    start: float
+    target: float = 0.9
+    tolerance: float = 0.05
+    trials: list[Trial] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if not 0 < self.start < math.inf:
+            raise ConfigError(f"rate {self.start:g} to start with is not positive")
+        if not 0 < self.target < 1:
+            raise ConfigError(f"attainment {self.target:g} is not between 0 and 1")
+
+    @property
+    def best(self) -> float:
+        """Highest rate that passed below every rate that failed; 0 if none did."""
+        return max((t.rate for t in self._passed() if t.rate < self._limit()), default=0.0)
+
+    def next_rate(self) -> float | None:
+        """Return the rate to measure next, or None: the search is over."""
+        low, high = self.best, self._limit()
+        if not self.trials:
+            return self.start
+        if math.isinf(high):
+            return low * _FACTOR if len(self.trials) <= _MAX_BRACKET else None
+        if not low:
+            return high / _FACTOR if len(self.trials) <= _MAX_BRACKET else None
+        return math.sqrt(low * high) if high / low > 1 + self.tolerance else None
+
+    def tell(self, trial: Trial) -> None:
+        """Take note of what was measured."""
+        self.trials.append(trial)
+
+    def _passed(self) -> list[Trial]:
+        return [trial for trial in self.trials if trial.passes(self.target)]
+
+    def _limit(self) -> float:
+        """Return the lowest rate that failed."""
+        failed = [trial.rate for trial in self.trials if not trial.passes(self.target)]
+        return min(failed, default=math.inf)
+
+
+def search(measure: Callable[[float], Trial], plan: Search) -> Search:
+    """Run a search to its end."""
+    while (rate := plan.next_rate()) is not None:
+        plan.tell(measure(rate))
+    return plan
+
+
+def crossing(points: Mapping[float, float], target: float) -> float:
+    """Return the rate at which attainment falls to the target, by linear interpolation.
+
+    Attainment is taken to fall with the rate, so what is above a lower rate's is cut.
+
+    Args:
+        points: attainment by rate.
+        target: to cross.
+
+    Returns:
+        The lowest rate times ``attainment / target`` if not even that one reaches the
+        target, the highest one if all do.
+    """
+    rates = sorted(points)
+    shares = np.minimum.accumulate([points[rate] for rate in rates])
+    if shares[0] < target:
+        return rates[0] * float(shares[0]) / target
+    for (low, above), (high, below) in zip(
+        zip(rates, shares, strict=True), zip(rates[1:], shares[1:], strict=True), strict=False
+    ):
+        if below < target:
+            return float(low + (high - low) * (above - target) / (above - below))
+    return rates[-1]
+
+
+def goodput_interval(trials: Sequence[Trial], target: float, *, seed: int) -> Interval:
+    """Return the rate where attainment crosses the target, with its bootstrap interval."""
+    rng = np.random.default_rng(seed)
+    draws = [_crossing_of(_redrawn(trials, rng), target) for _ in range(NUM_RESAMPLES)]
+    return interval_of(_crossing_of(trials, target), draws)
+
+
+def goodput_ratio(
+    ours: Sequence[Trial], theirs: Sequence[Trial], target: float, *, seed: int
+) -> Interval:
+    """Return the ratio of two goodputs, first over second, with its bootstrap interval."""
+    rng = np.random.default_rng(seed)
+    draws = []
+    for _ in range(NUM_RESAMPLES):
+        low = _crossing_of(_redrawn(theirs, rng), target)
+        draws.append(_crossing_of(_redrawn(ours, rng), target) / low if low else math.nan)
+    below = _crossing_of(theirs, target)
+    value = _crossing_of(ours, target) / below if below else math.nan
+    return interval_of(value, draws)
+
+
+def _crossing_of(trials: Sequence[Trial], target: float) -> float:
+    return crossing({trial.rate: trial.attainment.value for trial in trials}, target)
+
+
+def _redrawn(trials: Sequence[Trial], rng: np.random.Generator) -> list[Trial]:
+    """Redraw seeds, the same of every rate, and blocks of requests within them."""
+    num_seeds = min(len(trial.outcomes) for trial in trials)
+    seeds = rng.integers(num_seeds, size=num_seeds)
+    return [
+        Trial(trial.rate, [_redrawn_run(trial.outcomes[seed], rng) for seed in seeds])
+        for trial in trials
+    ]
+
+
+def _redrawn_run(run: Sequence[bool], rng: np.random.Generator) -> list[bool]:
+    return [run[index] for index in redrawn(len(run), rng)]

@@ -1,0 +1,132 @@
+"""Where the time of requests went, by the metrics of router and instances. Pure.
+
+Every figure is the mean of what was added to a histogram between two readings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from prometheus_client.parser import text_string_to_metric_families
+
+_ROUTER = "vllm_pd:router_"
+_PATH = {"path": "disaggregated"}
+_INSTANCE_UP = f"{_ROUTER}instance_up"
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """One stage of the requests of a run.
+
+    Attributes:
+        name: for people.
+        mean_ms: mean duration.
+        count: how many were timed.
+        source: ``router``, ``prefill`` or ``decode``: whose clock it was.
+    """
+
+    name: str
+    mean_ms: float
+    count: int
+    source: str
+
+
+Sample = tuple[str, frozenset[tuple[str, str]]]
+Reading = Mapping[Sample, float]
+"""Values by name and labels."""
+
+
+def parse_metrics(text: str) -> Reading:
+    """Read Prometheus' text format.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    return {
+        (sample.name, frozenset(sample.labels.items())): sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+    }
+
+
+def instances(reading: Reading) -> dict[str, list[str]]:
+    """Return the URLs of a router's instances, by role; empty if it is no router's reading."""
+    found: dict[str, list[str]] = {}
+    for name, labels in reading:
+        if name == _INSTANCE_UP:
+            values = dict(labels)
+            found.setdefault(values["role"], []).append(values["url"])
+    return found
+
+
+def router_stages(before: Reading, after: Reading) -> list[Stage]:
+    """Return the stages that a router knows, of requests that were disaggregated.
+
+    What follows the prefill leg is known to it as one: the hand-over, the queue of the
+    decode instance and its first step.
+    """
+    timed = [
+        ("queue for prefill", f"{_ROUTER}queue_seconds", {"stage": "prefill"}),
+        ("prefill leg", f"{_ROUTER}prefill_seconds", {}),
+        ("queue for decode", f"{_ROUTER}queue_seconds", {"stage": "decode"}),
+        ("to first bytes, in all", f"{_ROUTER}first_bytes_seconds", _PATH),
+    ]
+    stages = {
+        name: stage
+        for name, metric, labels in timed
+        if (stage := _stage("router", name, metric, labels, (before, after)))
+    }
+    total = stages.pop("to first bytes, in all", None)
+    if total is None or "prefill leg" not in stages:
+        return [*stages.values(), *([total] if total else [])]
+    known = sum(stage.mean_ms for stage in stages.values())
+    rest = Stage(
+        "hand-over, decode queue and first step", total.mean_ms - known, total.count, "router"
+    )
+    return [*stages.values(), rest, total]
+
+
+def instance_stages(role: str, readings: Sequence[tuple[Reading, Reading]]) -> list[Stage]:
+    """Return the stages that instances of one role know, all of them together.
+
+    vLLM's queue on the decode side includes the wait for KV cache, so the hand-over is
+    taken off it.
+
+    Args:
+        role: ``prefill`` or ``decode``.
+        readings: of each instance, before and after.
+    """
+    queue = _stage(role, "queue in the engine", "vllm:request_queue_time_seconds", {}, *readings)
+    if role == "prefill":
+        metric = "vllm:request_prefill_time_seconds"
+        run = _stage(role, "prefill in the engine", metric, {}, *readings)
+        return [stage for stage in (queue, run) if stage]
+    fetch = _stage(role, "hand-over (fetch of KV cache)", "vllm_pd:kv_fetch_seconds", {}, *readings)
+    if queue and fetch:
+        wait = queue.mean_ms - fetch.mean_ms * fetch.count / queue.count
+        queue = Stage("queue in the engine, beside the hand-over", wait, queue.count, role)
+    return [stage for stage in (fetch, queue) if stage]
+
+
+def _stage(
+    source: str,
+    name: str,
+    metric: str,
+    labels: Mapping[str, str],
+    *readings: tuple[Reading, Reading],
+) -> Stage | None:
+    total = sum(_growth(f"{metric}_sum", labels, *pair) for pair in readings)
+    count = sum(_growth(f"{metric}_count", labels, *pair) for pair in readings)
+    if count < 1:
+        return None
+    return Stage(name, total / count * 1e3, int(count), source)
+
+
+def _growth(name: str, labels: Mapping[str, str], before: Reading, after: Reading) -> float:
+    wanted = labels.items()
+    return sum(
+        value - before.get((sample, its_labels), 0.0)
+        for (sample, its_labels), value in after.items()
+        if sample == name and wanted <= dict(its_labels).items()
+    )

@@ -1,0 +1,212 @@
+"""Summaries and intervals. Pure.
+
+Requests of one run wait for each other, so neighbours are alike: samples are redrawn in
+blocks of neighbours, and, where there are several seeds, seeds are redrawn as well.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from statistics import NormalDist
+
+import numpy as np
+import numpy.typing as npt
+
+Values = npt.NDArray[np.float64]
+Statistic = Callable[[Values], float]
+Run = Sequence[Values]
+"""What was measured of each request of one run, in the order of arrival: one value, or
+several, or none."""
+
+LEVEL = 0.95
+NUM_RESAMPLES = 1000
+
+
+@dataclass(frozen=True, slots=True)
+class Interval:
+    """An estimate with its confidence interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """A sample in figures; NaN where it is empty."""
+
+    mean: float
+    p50: float
+    p90: float
+    p99: float
+    count: int
+
+
+def summarize(values: Sequence[float] | Values) -> Summary:
+    """Return mean and percentiles, interpolated linearly as numpy and ``vllm bench`` do."""
+    array = np.asarray(values, dtype=np.float64)
+    if not array.size:
+        return Summary(math.nan, math.nan, math.nan, math.nan, 0)
+    p50, p90, p99 = np.percentile(array, (50, 90, 99))
+    return Summary(float(array.mean()), float(p50), float(p90), float(p99), int(array.size))
+
+
+def mean(values: Values) -> float:
+    """Return the mean; NaN of nothing."""
+    return float(values.mean()) if values.size else math.nan
+
+
+def percentile(level: float) -> Statistic:
+    """Return the statistic that takes a percentile, 0 to 100; NaN of nothing."""
+
+    def take(values: Values) -> float:
+        return float(np.percentile(values, level)) if values.size else math.nan
+
+    return take
+
+
+def wilson(successes: int, count: int, level: float = LEVEL) -> Interval:
+    """Return a proportion with Wilson's score interval (1927).
+
+    Its coverage stays near the level close to 0 and 1, where that of the normal
+    approximation collapses.
+
+    Raises:
+        ValueError: not 0 <= successes <= count, or nothing was counted.
+    """
+    if not 0 <= successes <= count or not count:
+        raise ValueError(f"{successes} of {count} is no proportion")
+    z = NormalDist().inv_cdf((1 + level) / 2)
+    share = successes / count
+    scale = 1 + z * z / count
+    centre = (share + z * z / (2 * count)) / scale
+    half = z / scale * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
+    low = 0.0 if successes == 0 else max(0.0, centre - half)
+    high = 1.0 if successes == count else min(1.0, centre + half)
+    return Interval(share, low, high)
+
+
+def bootstrap(
+    runs: Sequence[Run], statistic: Statistic, *, seed: int, num: int = NUM_RESAMPLES
+) -> Interval:
+    """Return a statistic of all values with its percentile-bootstrap interval.
+
+    Args:
+        runs: one for each seed of the workload.
+        statistic: of the values of all requests together.
+        seed: of the redrawing.
+        num: how often to redraw.
+    """
+    rng = np.random.default_rng(seed)
+    pool, counts = _Pool(runs), [len(run) for run in runs]
+    draws = [statistic(pool.take(_redraw(counts, rng))) for _ in range(num)]
+    return interval_of(statistic(pool.all()), draws)
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """One system against another on the same requests.
+
+    Attributes:
+        ratio: of their statistics, first over second.
+        difference: the same, first minus second.
+    """
+
+    ratio: Interval
+    difference: Interval
+
+
+def paired_bootstrap(
+    ours: Sequence[Run],
+    theirs: Sequence[Run],
+    statistic: Statistic,
+    *,
+    seed: int,
+    num: int = NUM_RESAMPLES,
+) -> Comparison:
+    """Compare a statistic of two systems that were asked the same at the same times.
+
+    Every redrawing takes the same seeds and requests of both, so what makes a
+    request dear to both does not widen the interval.
+
+    Raises:
+        ValueError: they were not asked the same number of requests.
+    """
+    counts = [len(run) for run in ours]
+    if counts != [len(run) for run in theirs]:
+        raise ValueError("both systems must have been asked the same requests")
+    rng = np.random.default_rng(seed)
+    pools = _Pool(ours), _Pool(theirs)
+    pairs = []
+    for _ in range(num):
+        choice = _redraw(counts, rng)
+        first, second = (statistic(pool.take(choice)) for pool in pools)
+        pairs.append((first, second))
+    ours_all, theirs_all = (statistic(pool.all()) for pool in pools)
+    return Comparison(
+        ratio=interval_of(_ratio(ours_all, theirs_all), [_ratio(a, b) for a, b in pairs]),
+        difference=interval_of(ours_all - theirs_all, [a - b for a, b in pairs]),
+    )
+
+
+def redrawn(count: int, rng: np.random.Generator) -> npt.NDArray[np.int64]:
+    """Draw as many indices as there are requests, in blocks of neighbours that wrap around.
+
+    A block has the cube root of their number, the usual rate for means.
+    """
+    if not count:
+        return np.zeros(0, dtype=np.int64)
+    length = max(1, round(math.cbrt(count)))
+    starts = rng.integers(count, size=-(-count // length))
+    return ((starts[:, None] + np.arange(length)) % count).ravel()[:count]
+
+
+def interval_of(value: float, draws: Sequence[float]) -> Interval:
+    """Return an estimate with the percentile interval of its redrawn values.
+
+    Values that are not finite are left out; without any other the bounds are NaN.
+    """
+    usable = np.asarray([draw for draw in draws if math.isfinite(draw)])
+    if not usable.size:
+        return Interval(value, math.nan, math.nan)
+    low, high = np.percentile(usable, (50 * (1 - LEVEL), 50 * (1 + LEVEL)))
+    return Interval(value, float(low), float(high))
+
+
+_Choice = list[tuple[int, npt.NDArray[np.int64]]]
+
+
+class _Pool:
+    """The values of all requests of some runs, of which some can be taken quickly."""
+
+    def __init__(self, runs: Sequence[Run]) -> None:
+        self._values = [np.concatenate([*run, np.zeros(0)]) for run in runs]
+        self._sizes = [np.asarray([len(values) for values in run], dtype=np.int64) for run in runs]
+        self._starts = [np.cumsum(sizes) - sizes for sizes in self._sizes]
+
+    def all(self) -> Values:
+        """Return the values of every request."""
+        return np.concatenate([*self._values, np.zeros(0)])
+
+    def take(self, choice: _Choice) -> Values:
+        """Return the values of some requests, of some of them several times."""
+        return np.concatenate([*(self._of(*chosen) for chosen in choice), np.zeros(0)])
+
+    def _of(self, run: int, requests: npt.NDArray[np.int64]) -> Values:
+        sizes = self._sizes[run][requests]
+        ends = np.cumsum(sizes)
+        offsets = np.repeat(self._starts[run][requests] - ends + sizes, sizes)
+        found: Values = self._values[run][offsets + np.arange(len(offsets))]
+        return found
+
+
+def _redraw(counts: Sequence[int], rng: np.random.Generator) -> _Choice:
+    """Draw as many runs, and of each as many requests."""
+    runs_drawn = rng.integers(len(counts), size=len(counts))
+    return [(int(index), redrawn(counts[index], rng)) for index in runs_drawn]
+
+
+def _ratio(one: float, other: float) -> float:
+    return one / other if other else math.nan
