@@ -25,6 +25,7 @@ _IDS_PER_SEED = 1 << 40
 _FIRST_OWN_ID = 1 << 30
 """Ids of chunks that only one request has; below are those of shared prefixes."""
 _IDS_PER_PREFIX = 1 << 14
+_OTHER_IDS = 1 << 60
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,6 +186,15 @@ def cap_lengths(workload: Workload, max_len: int) -> Workload:
                 chunk_ids=request.chunk_ids[:num_chunks],
             )
         )
+    return replace(workload, requests=tuple(requests))
+
+
+def with_other_prompts(workload: Workload) -> Workload:
+    """Return the same with other tokens, to warm a service up without filling its caches."""
+    requests = (
+        replace(request, chunk_ids=tuple(_OTHER_IDS + one for one in request.chunk_ids))
+        for request in workload.requests
+    )
     return replace(workload, requests=tuple(requests))
 
 

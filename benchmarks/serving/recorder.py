@@ -1,0 +1,167 @@
+"""Runs ``vllm bench serve`` and writes down what that keeps to itself.
+
+    python -m benchmarks.serving.recorder PLAN PROGRESS_FD
+
+Upstream's result has the moment in which a request was sent, not the one in which it was
+to be sent, so a client that is late hides the wait that it causes. The times are drawn
+in ``get_request`` of ``vllm/benchmarks/serve.py``. That generator is run twice from the
+same random state: once on a clock that stands still, which shows what it would wait for
+each request, and then as it is.
+
+PLAN is a list of runs as JSON, made one after the other in this process, because
+importing vLLM takes longer than many a run: ``args`` of ``vllm bench serve``; ``schedule``,
+a file for the times; ``partial``, a file for the requests so far if the run is
+interrupted. A run without these two warms up. PROGRESS_FD gets a dot for each request
+that is over, and a line feed for each run; the next one begins after a line on stdin.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import numpy as np
+from vllm.benchmarks import serve
+from vllm.benchmarks.lib.endpoint_request_func import ASYNC_REQUEST_FUNCS
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+_INTERRUPTED = "interrupted"
+
+
+class Recorder:
+    """What is known of a run while it lasts.
+
+    Args:
+        progress_fd: gets a byte for each request and run that is over.
+    """
+
+    def __init__(self, progress_fd: int) -> None:
+        self._progress_fd = progress_fd
+        self._schedule: Path | None = None
+        self._is_running = False
+        self._sent: list[dict[str, Any]] = []
+
+    def begin(self, schedule: Path | None) -> None:
+        """Forget the last run; ``schedule`` gets the times of the next one."""
+        self._schedule, self._is_running, self._sent = schedule, False, []
+
+    def end(self) -> None:
+        """Tell that a run is over, and wait until that was noted."""
+        self._tell(b"\n")
+        sys.stdin.readline()
+
+    def install(self) -> None:
+        """Put this between upstream's parts."""
+        _put(serve, "get_request", self._recorded(serve.get_request))
+        for name, function in list(ASYNC_REQUEST_FUNCS.items()):
+            ASYNC_REQUEST_FUNCS[name] = self._noted(function)
+
+    def partial(self) -> dict[str, Any]:
+        """Return the requests so far, as upstream's result has them."""
+        rows = [(sent["input"], sent["output"], sent["start"]) for sent in self._sent]
+        return {
+            "start_times": [out.start_time if out else start for _, out, start in rows],
+            "queue_times": [out.client_queue_time if out else 0.0 for _, out, _ in rows],
+            "ttfts": [out.ttft if out else 0.0 for _, out, _ in rows],
+            "itls": [out.itl if out else [] for _, out, _ in rows],
+            "input_lens": [out.prompt_len if out else asked.prompt_len for asked, out, _ in rows],
+            "output_lens": [(out.output_tokens or 0) if out else 0 for _, out, _ in rows],
+            "errors": [out.error if out else _INTERRUPTED for _, out, _ in rows],
+        }
+
+    def _recorded(self, get_request: Callable[..., AsyncIterator[Any]]) -> Callable[..., Any]:
+        async def recorded(input_requests: Any, *args: Any, **kwargs: Any) -> AsyncIterator[Any]:
+            requests = list(input_requests)
+            offsets_s = await plan(get_request, requests, *args, **kwargs)
+            started = time.perf_counter()
+            if self._schedule is not None:
+                times = {"started": started, "offsets_s": offsets_s}
+                self._schedule.write_text(json.dumps(times))
+            self._is_running = True
+            async for released in get_request(requests, *args, **kwargs):
+                yield released
+
+        return recorded
+
+    def _noted(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        async def noted(request_func_input: Any, *args: Any, **kwargs: Any) -> Any:
+            if not self._is_running:  # upstream's own test or warm-up
+                return await function(request_func_input, *args, **kwargs)
+            sent = {"input": request_func_input, "output": None, "start": time.perf_counter()}
+            self._sent.append(sent)
+            sent["output"] = await function(request_func_input, *args, **kwargs)
+            self._tell(b".")
+            return sent["output"]
+
+        return noted
+
+    def _tell(self, news: bytes) -> None:
+        with contextlib.suppress(OSError):  # nobody reads it any more
+            os.write(self._progress_fd, news)
+
+
+async def plan(
+    get_request: Callable[..., AsyncIterator[Any]], *args: Any, **kwargs: Any
+) -> list[float]:
+    """Return for how long ``get_request`` would wait for each request, from its start on."""
+    state = np.random.get_state()
+    wait_s = 0.0
+
+    async def sleep(seconds: float) -> None:
+        nonlocal wait_s
+        wait_s = seconds
+
+    offsets_s = []
+    standing = SimpleNamespace(time=lambda: 0.0, perf_counter=lambda: 0.0)
+    with _replaced(serve, time=standing, asyncio=SimpleNamespace(sleep=sleep)):
+        async for _ in get_request(*args, **kwargs):
+            offsets_s.append(wait_s)
+            wait_s = 0.0
+    np.random.set_state(state)
+    return offsets_s
+
+
+@contextlib.contextmanager
+def _replaced(module: ModuleType, **values: Any) -> Iterator[None]:
+    before = {name: getattr(module, name) for name in values}
+    for name, value in values.items():
+        _put(module, name, value)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            _put(module, name, value)
+
+
+def _put(module: ModuleType, name: str, value: Any) -> None:
+    setattr(module, name, value)
+
+
+def main(argv: list[str]) -> int:
+    """Make the runs; return the exit status."""
+    plan_file, progress_fd = argv
+    recorder = Recorder(int(progress_fd))
+    recorder.install()
+    parser = FlexibleArgumentParser(prog="vllm bench serve")  # type: ignore[no-untyped-call]
+    serve.add_cli_args(parser)
+    for run in json.loads(Path(plan_file).read_text()):
+        recorder.begin(Path(run["schedule"]) if run["schedule"] else None)
+        try:
+            serve.main(parser.parse_args(run["args"]))
+        except KeyboardInterrupt:
+            if run["partial"]:
+                Path(run["partial"]).write_text(json.dumps(recorder.partial()))
+            return 130
+        recorder.end()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
