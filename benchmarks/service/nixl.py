@@ -14,7 +14,7 @@ from benchmarks.transfer import peers
 
 NAME = "nixl"
 
-_KV_TRANSFER = {
+KV_TRANSFER = {
     "kv_connector": "NixlConnector",
     "kv_role": "kv_both",
     "kv_buffer_device": "cpu",
@@ -50,18 +50,27 @@ def deployed(engine: Engine, cores: tuple[int, int], packages: Path) -> Iterator
     """
     folder = engine.folder / "packages"
     link_packages(packages, folder)
-    path = os.pathsep.join(filter(None, (str(folder), os.environ.get("PYTHONPATH"))))
-    args = ("--kv-transfer-config", json.dumps(_KV_TRANSFER))
+    args = ("--kv-transfer-config", json.dumps(KV_TRANSFER))
     with contextlib.ExitStack() as stack:
         instances = []
         for role, core, port in zip(("prefill", "decode"), cores, free_ports(2), strict=True):
-            env = {
-                "PYTHONPATH": path,
-                "VLLM_NIXL_SIDE_CHANNEL_HOST": "127.0.0.1",
-                "VLLM_NIXL_SIDE_CHANNEL_PORT": str(port),
-                "NIXL_LOG_LEVEL": "WARN",
-                "UCX_WARN_UNUSED_ENV_VARS": "n",
-            }
+            env = variables(folder, port)
             name = f"{NAME}-{role}"
             instances.append(stack.enter_context(served(engine, name, core, *args, env=env)))
         yield stack.enter_context(routed(engine, NAME, *instances))
+
+
+def variables(packages: Path, port: int) -> dict[str, str]:
+    """Return the environment of an instance.
+
+    Args:
+        packages: folder with the peer and nothing else.
+        port: of its side channel.
+    """
+    return {
+        "PYTHONPATH": os.pathsep.join(filter(None, (str(packages), os.environ.get("PYTHONPATH")))),
+        "VLLM_NIXL_SIDE_CHANNEL_HOST": "127.0.0.1",
+        "VLLM_NIXL_SIDE_CHANNEL_PORT": str(port),
+        "NIXL_LOG_LEVEL": "WARN",
+        "UCX_WARN_UNUSED_ENV_VARS": "n",
+    }

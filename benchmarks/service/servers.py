@@ -109,18 +109,7 @@ def deployed(
         BenchError: it does not start.
     """
     ports = free_ports(3)
-    run_dir = engine.folder / "vllm-pd"
-    run_dir.mkdir(parents=True, exist_ok=True)
-    config = run_dir / "topology.yaml"
-    config.write_text(yaml.safe_dump(topology(engine, cores, connector, ports)))
-    guard = subprocess.Popen(
-        [sys.executable, "-P", str(_HERE / "guard.py"), str(run_dir)],
-        stdin=subprocess.PIPE,
-        process_group=0,  # Ctrl-C is for the benchmark, which closes the pipe
-    )
-    try:
-        _up(run_dir, config)
-        pids = _pids(run_dir)
+    with launched(engine.folder / "vllm-pd", topology(engine, cores, connector, ports)) as pids:
         urls = [f"http://127.0.0.1:{port}" for port in ports]
         yield Service(
             "vllm-pd",
@@ -128,6 +117,26 @@ def deployed(
             Instance("prefill", urls[1], pids["prefill-0"]),
             Instance("decode", urls[2], pids["decode-0"]),
         )
+
+
+@contextlib.contextmanager
+def launched(run_dir: Path, values: Mapping[str, Any]) -> Iterator[dict[str, int]]:
+    """Run ``vllm-pd up`` with a topology; yield its processes by name.
+
+    Raises:
+        BenchError: it does not start.
+    """
+    run_dir.mkdir(parents=True, exist_ok=True)
+    config = run_dir / "topology.yaml"
+    config.write_text(yaml.safe_dump(dict(values)))
+    guard = subprocess.Popen(
+        [sys.executable, "-P", str(_HERE / "guard.py"), str(run_dir)],
+        stdin=subprocess.PIPE,
+        process_group=0,  # Ctrl-C is for the benchmark, which closes the pipe
+    )
+    try:
+        _up(run_dir, config)
+        yield _pids(run_dir)
     finally:
         assert guard.stdin is not None
         guard.stdin.close()
@@ -138,7 +147,7 @@ def deployed(
 def served(
     engine: Engine,
     name: str,
-    core: int,
+    core: int | str,
     *args: str,
     env: Mapping[str, str] | None = None,
 ) -> Iterator[Instance]:

@@ -21,7 +21,7 @@ Run = Sequence[Values]
 several, or none."""
 
 LEVEL = 0.95
-NUM_RESAMPLES = 1000
+NUM_RESAMPLES = 500
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,20 +89,27 @@ def wilson(successes: int, count: int, level: float = LEVEL) -> Interval:
 
 
 def bootstrap(
-    runs: Sequence[Run], statistic: Statistic, *, seed: int, num: int = NUM_RESAMPLES
-) -> Interval:
-    """Return a statistic of all values with its percentile-bootstrap interval.
+    runs: Sequence[Run], statistics: Sequence[Statistic], *, seed: int, num: int = NUM_RESAMPLES
+) -> list[Interval]:
+    """Return statistics of all values with their percentile-bootstrap intervals.
 
     Args:
         runs: one for each seed of the workload.
-        statistic: of the values of all requests together.
+        statistics: of the values of all requests together.
         seed: of the redrawing.
         num: how often to redraw.
     """
     rng = np.random.default_rng(seed)
     pool, counts = _Pool(runs), [len(run) for run in runs]
-    draws = [statistic(pool.take(_redraw(counts, rng))) for _ in range(num)]
-    return interval_of(statistic(pool.all()), draws)
+    draws = []
+    for _ in range(num):
+        values = pool.take(_redraw(counts, rng))
+        draws.append([statistic(values) for statistic in statistics])
+    every = pool.all()
+    return [
+        interval_of(statistic(every), [draw[index] for draw in draws])
+        for index, statistic in enumerate(statistics)
+    ]
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,12 +128,12 @@ class Comparison:
 def paired_bootstrap(
     ours: Sequence[Run],
     theirs: Sequence[Run],
-    statistic: Statistic,
+    statistics: Sequence[Statistic],
     *,
     seed: int,
     num: int = NUM_RESAMPLES,
-) -> Comparison:
-    """Compare a statistic of two systems that were asked the same at the same times.
+) -> list[Comparison]:
+    """Compare statistics of two systems that were asked the same at the same times.
 
     Every redrawing takes the same seeds and requests of both, so what makes a
     request dear to both does not widen the interval.
@@ -139,15 +146,22 @@ def paired_bootstrap(
         raise ValueError("both systems must have been asked the same requests")
     rng = np.random.default_rng(seed)
     pools = _Pool(ours), _Pool(theirs)
-    pairs = []
+    draws = []
     for _ in range(num):
         choice = _redraw(counts, rng)
-        first, second = (statistic(pool.take(choice)) for pool in pools)
-        pairs.append((first, second))
-    ours_all, theirs_all = (statistic(pool.all()) for pool in pools)
+        first, second = (pool.take(choice) for pool in pools)
+        draws.append([(statistic(first), statistic(second)) for statistic in statistics])
+    first, second = (pool.all() for pool in pools)
+    return [
+        _compared(statistic(first), statistic(second), [draw[index] for draw in draws])
+        for index, statistic in enumerate(statistics)
+    ]
+
+
+def _compared(one: float, other: float, draws: Sequence[tuple[float, float]]) -> Comparison:
     return Comparison(
-        ratio=interval_of(_ratio(ours_all, theirs_all), [_ratio(a, b) for a, b in pairs]),
-        difference=interval_of(ours_all - theirs_all, [a - b for a, b in pairs]),
+        ratio=interval_of(_ratio(one, other), [_ratio(a, b) for a, b in draws]),
+        difference=interval_of(one - other, [a - b for a, b in draws]),
     )
 
 

@@ -68,7 +68,7 @@ def test_bootstrap_interval_covers_the_truth_as_often_as_it_says() -> None:
     rng = np.random.default_rng(17)
     covered = 0
     for number in range(300):
-        found = bootstrap([run_of(rng.exponential(1.0, 200))], mean, seed=number, num=200)
+        (found,) = bootstrap([run_of(rng.exponential(1.0, 200))], [mean], seed=number, num=200)
         covered += found.low <= 1.0 <= found.high
     assert covered / 300 == pytest.approx(0.94, abs=0.04)
 
@@ -79,7 +79,7 @@ def test_blocks_cover_the_truth_where_neighbours_are_alike() -> None:
     covered = 0
     for number in range(200):
         noise = rng.normal(size=1001)
-        found = bootstrap([run_of(noise[1:] + 0.5 * noise[:-1])], mean, seed=number, num=200)
+        (found,) = bootstrap([run_of(noise[1:] + 0.5 * noise[:-1])], [mean], seed=number, num=200)
         covered += found.low <= 0.0 <= found.high
     assert covered / 200 >= 0.88  # 0.79 for values redrawn one by one
 
@@ -91,7 +91,7 @@ def test_paired_interval_covers_the_true_difference_as_often_as_it_says() -> Non
     for number in range(200):
         common = rng.exponential(10.0, 150)  # what makes a request dear to both
         ours, theirs = common + rng.normal(1.0, 1.0, 150), common + rng.normal(0.0, 1.0, 150)
-        found = paired_bootstrap([run_of(ours)], [run_of(theirs)], mean, seed=number, num=200)
+        (found,) = paired_bootstrap([run_of(ours)], [run_of(theirs)], [mean], seed=number, num=200)
         covered += found.difference.low <= 1.0 <= found.difference.high
     assert covered / 200 == pytest.approx(0.94, abs=0.04)
 
@@ -100,25 +100,25 @@ def test_pairing_removes_what_both_have_in_common() -> None:
     rng = np.random.default_rng(31)
     common = rng.exponential(10.0, 300)
     ours, theirs = common + rng.normal(1.0, 0.1, 300), common
-    paired = paired_bootstrap([run_of(ours)], [run_of(theirs)], mean, seed=1).difference
-    alone = bootstrap([run_of(ours)], mean, seed=1)
+    paired = paired_bootstrap([run_of(ours)], [run_of(theirs)], [mean], seed=1)[0].difference
+    (alone,) = bootstrap([run_of(ours)], [mean], seed=1)
     assert paired.high - paired.low < 0.1 * (alone.high - alone.low)
 
 
 def test_systems_that_do_the_same_are_not_told_apart() -> None:
     runs = [run_of(np.random.default_rng(seed).exponential(1.0, 100)) for seed in range(3)]
-    found = paired_bootstrap(runs, runs, percentile(99), seed=1)
+    (found,) = paired_bootstrap(runs, runs, [percentile(99)], seed=1)
     assert (found.ratio.low, found.ratio.value, found.ratio.high) == (1.0, 1.0, 1.0)
 
 
 def test_systems_with_different_requests_cannot_be_paired() -> None:
     with pytest.raises(ValueError, match="same requests"):
-        paired_bootstrap([run_of(np.ones(3))], [run_of(np.ones(4))], mean, seed=1)
+        paired_bootstrap([run_of(np.ones(3))], [run_of(np.ones(4))], [mean], seed=1)
 
 
 def test_requests_may_have_several_values_or_none() -> None:
     runs = [[np.asarray([1.0, 3.0]), np.zeros(0), np.asarray([5.0])]]
-    assert bootstrap(runs, mean, seed=1).value == 3.0
+    assert bootstrap(runs, [mean], seed=1)[0].value == 3.0
 
 
 def test_redrawing_keeps_neighbours_together() -> None:

@@ -1,0 +1,268 @@
+"""PD against colocated deployments: the same devices, requests and arrival times for each.
+
+    python benchmarks/compare.py --quick
+    python benchmarks/compare.py --workload balanced --rate 0.7 --duration 60 --seeds 3
+    python benchmarks/compare.py --model Qwen/Qwen2.5-7B-Instruct --devices 0,1,2,3,4,5,6,7
+
+Starts one deployment after the other and asks each the same:
+
+  replicas   two instances with half of the devices each, behind our router: what PD has
+             to beat, and what the loads are shares of the capacity of
+  pd         one prefill and one decode instance with half of the devices each
+  colocated  one instance on all devices
+  chunked    as replicas, with prompts prefilled in chunks of 256 tokens
+  nixl       as pd, with vLLM's NixlConnector instead of ours (only if asked for)
+
+Writes a report with tables, paired verdicts and plots (PNG, SVG), all figures as JSON and
+every request. What is behind -- goes to every `vllm serve`.
+
+Without --model it is an untrained model of 41 million parameters. --quick takes about a
+quarter of an hour on two cores. Ctrl-C stops everything and reports what there is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import math
+import shlex
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+REPO = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(REPO))  # this is a program, not an installed package
+
+from rich.console import Console  # noqa: E402
+
+from benchmarks.benchmark_serving import interrupt, rate  # noqa: E402
+from benchmarks.comparing import options as site_options  # noqa: E402
+from benchmarks.comparing.cells import Cell, Level  # noqa: E402
+from benchmarks.comparing.deployments import (  # noqa: E402
+    CHUNKED,
+    COLOCATED,
+    NIXL,
+    PD,
+    REPLICAS,
+    TITLES,
+    Site,
+    deployed,
+)
+from benchmarks.comparing.measuring import Effort, Subject, measure_cells  # noqa: E402
+from benchmarks.options import Parser, positive  # noqa: E402
+from benchmarks.reporting import describe_environment  # noqa: E402
+from benchmarks.service.servers import MODEL_NAME  # noqa: E402
+from benchmarks.serving.target import find_target  # noqa: E402
+from benchmarks.transfer.pair import BenchError  # noqa: E402
+from vllm_pd.bench.workload import SHAPES  # noqa: E402
+from vllm_pd.errors import ConfigError  # noqa: E402
+
+ORDER = (REPLICAS, PD, COLOCATED, CHUNKED, NIXL)
+"""The reference first, because the loads depend on it."""
+
+USUAL = (REPLICAS, PD, COLOCATED, CHUNKED)
+QUICK = (REPLICAS, PD, COLOCATED)
+WORKLOADS = ("prefill-heavy", "balanced", "decode-heavy")
+INTERRUPTED = 130
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """The command line, checked.
+
+    Attributes:
+        loads: shares of the capacity; ``inf``: all at once.
+        rates: requests per second instead.
+    """
+
+    deployments: tuple[str, ...]
+    workloads: tuple[str, ...]
+    loads: tuple[float, ...]
+    rates: tuple[float, ...]
+    effort: Effort
+    output: Path
+
+
+@dataclass(slots=True)
+class Findings:
+    """What there is so far.
+
+    Attributes:
+        capacity: of the reference, by workload, in requests per second.
+        environment: what a reader must know.
+    """
+
+    cells: list[Cell] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    capacity: dict[str, float] = field(default_factory=dict)
+    environment: dict[str, str] = field(default_factory=dict)
+
+
+class Comparison:
+    """Measures one deployment after the other.
+
+    Args:
+        options: what to do.
+        site: where.
+        console: gets the progress.
+    """
+
+    def __init__(self, options: Options, site: Site, console: Console) -> None:
+        self._options = options
+        self._site = site
+        self._console = console
+        self._began = time.monotonic()
+        self.found = Findings()
+
+    def run(self) -> None:
+        """Measure everything; what was measured is in ``found``, also after an exception.
+
+        Raises:
+            KeyboardInterrupt: the user ended it early.
+        """
+        for name in self._options.deployments:
+            self._tell(f"starting {name}: {TITLES[name]}")
+            try:
+                with deployed(name, self._site) as url:
+                    self._tell(f"{name} is ready")
+                    subject = Subject(name, find_target(url, MODEL_NAME))
+                    for workload in self._options.workloads:
+                        self._measure(subject, workload)
+                    self._tell(f"stopping {name}")
+            except BenchError as exc:  # what the others did is not to be lost
+                self.found.notes.append(f"{name} was not measured to the end: {exc}")
+                self._tell(self.found.notes[-1])
+
+    def _measure(self, subject: Subject, workload: str) -> None:
+        """Ask a deployment; the first one is asked for its capacity, too."""
+        capacity = self.found.capacity
+        is_reference = bool(self._options.loads) and workload not in capacity
+        if is_reference:
+            (cell,) = self._ask(subject, workload, [Level(None, math.inf)])
+            if not cell.request_rate:
+                raise BenchError(f"it answered no request of {workload}")
+            capacity[workload] = cell.request_rate
+        levels = [Level(None, value) for value in self._options.rates]
+        for load in self._options.loads:
+            if math.isfinite(load):
+                levels.append(Level(load, load * capacity[workload]))
+            elif not is_reference:
+                levels.append(Level(None, math.inf))
+        if levels:
+            self._ask(subject, workload, levels)
+
+    def _ask(self, subject: Subject, workload: str, levels: Sequence[Level]) -> list[Cell]:
+        effort = self._options.effort
+        cells, is_interrupted = measure_cells(subject, workload, levels, effort, self._console)
+        self.found.cells += cells
+        if is_interrupted:
+            raise KeyboardInterrupt
+        return cells
+
+    def _tell(self, text: str) -> None:
+        self._console.print(f"[{time.monotonic() - self._began:5.0f} s] {text}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the comparison; return the exit status."""
+    argv = sys.argv[1:] if argv is None else argv
+    parser = _make_parser()
+    args = parser.parse_args(argv)
+    if args.load and args.rate:
+        parser.error("--load and --rate exclude each other")
+    if importlib.util.find_spec("matplotlib") is None:
+        parser.error("matplotlib is not installed: pip install matplotlib")
+    options = _options(args)
+    console = Console(highlight=False, markup=False, soft_wrap=True)
+    signal.signal(signal.SIGTERM, interrupt)
+    try:
+        site_options.make_output(options.output)
+        with tempfile.TemporaryDirectory(
+            prefix="vllm-pd-compare-", ignore_cleanup_errors=True
+        ) as name:
+            site = site_options.make_site(args, Path(name))
+            comparison = Comparison(options, site, console)
+            status = _run(comparison)
+        command = shlex.join(["python", "benchmarks/compare.py", *argv])
+        return _report(comparison.found, site, options.output, command, console) or status
+    except (BenchError, ConfigError) as exc:
+        sys.stderr.write(f"error: {exc}\n")
+        return 1
+
+
+def _run(comparison: Comparison) -> int:
+    try:
+        comparison.run()
+    except KeyboardInterrupt:
+        comparison.found.notes.append("It was interrupted: this is what there was until then.")
+        return INTERRUPTED
+    return 0
+
+
+def _report(found: Findings, site: Site, output: Path, command: str, console: Console) -> int:
+    from benchmarks.comparing.report import write_report  # needs matplotlib
+
+    if not found.cells:
+        reasons = "; ".join(found.notes) or "there was nothing to ask"
+        sys.stderr.write(f"error: nothing was measured: {reasons}\n")
+        return 1
+    environment = describe_environment("none") | site_options.describe_site(site)
+    capacities = ", ".join(f"{name} {rate:.3g} req/s" for name, rate in found.capacity.items())
+    if capacities:
+        environment["capacity"] = f"of {found.cells[0].deployment}, all at once: {capacities}"
+    environment["command"] = command
+    write_report(output, found.cells, environment, found.notes)
+    console.print(f"the report is {output / 'report.md'}")
+    return 0
+
+
+def _options(args: argparse.Namespace) -> Options:
+    quick: bool = args.quick
+    usual_loads = [] if args.rate else [0.7] if quick else [0.25, 0.7, math.inf]
+    return Options(
+        deployments=site_options.chosen(ORDER, args.deployment or (QUICK if quick else USUAL)),
+        workloads=tuple(args.workload or WORKLOADS),
+        loads=tuple(args.load or usual_loads),
+        rates=tuple(args.rate or ()),
+        effort=Effort(
+            seeds=args.seeds or (1 if quick else 2),
+            duration_s=args.duration or (60 if quick else 180),
+            at_once=args.at_once or (16 if quick else 64),
+        ),
+        output=args.output or site_options.default_output("compare"),
+    )
+
+
+def _make_parser() -> Parser:
+    parser = site_options.make_parser("compare.py", __doc__ or "")
+    add = parser.add_argument
+    add("--quick", action="store_true", help="fewer and shorter runs: see above")
+    add("--deployment", choices=ORDER, action="append", help="only this; repeatable")
+    add(
+        "--workload",
+        choices=tuple(SHAPES),
+        action="append",
+        metavar="NAME",
+        help=f"repeatable [{' '.join(WORKLOADS)}]",
+    )
+    add(
+        "--load",
+        type=site_options.share,
+        action="append",
+        metavar="X",
+        help="share of the reference's capacity, or inf: all at once; repeatable [0.25 0.7 inf]",
+    )
+    add("--rate", type=rate, action="append", metavar="R", help="req/s instead; repeatable")
+    add("--seeds", type=positive, metavar="N", help="runs at each load [2, quick 1]")
+    add("--duration", type=site_options.seconds, metavar="S", help="of a run [180, quick 60]")
+    add("--at-once", type=positive, metavar="N", help="requests that come at once [64, quick 16]")
+    add("--output", type=Path, metavar="DIR", help="[benchmarks/results/DATE-MACHINE/compare]")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,180 @@
+"""What was measured, cell by cell, and what follows from it. Pure."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from benchmarks.reporting import Row, number
+from benchmarks.serving.figures import Figures, make_rows
+from benchmarks.serving.load import Run
+from vllm_pd.bench.records import Record, metric_values
+from vllm_pd.bench.stats import bootstrap, mean, percentile
+from vllm_pd.bench.steady import Regime, judge
+from vllm_pd.bench.verdict import Finding, Verdict, compare
+
+METRICS = ("ttft", "second", "tpot", "itl", "stall", "e2el")
+
+
+@dataclass(frozen=True, slots=True)
+class Level:
+    """A load.
+
+    Attributes:
+        share: of the capacity of the reference; None: a rate was given.
+        rate: requests per second; ``inf``: all at once.
+    """
+
+    share: float | None
+    rate: float
+
+    @property
+    def name(self) -> str:
+        """For people."""
+        if math.isinf(self.rate):
+            return "saturation"
+        if self.share is None:
+            return f"{self.rate:g} req/s"
+        return f"{self.share:.0%} of capacity"
+
+    @property
+    def slug(self) -> str:
+        """For names of files."""
+        if math.isinf(self.rate):
+            return "saturation"
+        return f"{self.rate:g}rps" if self.share is None else f"{self.share * 100:.0f}percent"
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """One deployment under one load.
+
+    Attributes:
+        deployment: its name.
+        workload: what was asked.
+        level: how often.
+        runs: one for each seed.
+        figures: of each run.
+    """
+
+    deployment: str
+    workload: str
+    level: Level
+    runs: tuple[Run, ...]
+    figures: tuple[Figures, ...]
+
+    @property
+    def labels(self) -> dict[str, str]:
+        """For rows."""
+        return {"deployment": self.deployment, "workload": self.workload, "load": self.level.name}
+
+    @property
+    def records(self) -> list[list[Record]]:
+        """Requests of the part that is compared, for each seed.
+
+        It is cut by when requests were due, so it has the same ones in every
+        deployment: all but the first tenth, or all if they came at once.
+        """
+        found = []
+        for run in self.runs:
+            window = judge(run.records)
+            found.append([record for record in run.records if window.contains(record)])
+        return found
+
+    @property
+    def regime(self) -> Regime:
+        """The worst of all runs."""
+        regimes = {figures.steadiness.regime for figures in self.figures}
+        order = (Regime.UNSTABLE, Regime.SHORT, Regime.STEADY)
+        return next(regime for regime in order if regime in regimes)
+
+    @property
+    def request_rate(self) -> float:
+        """Mean request throughput of all runs, the drain included."""
+        return sum(figures.request_rate for figures in self.figures) / len(self.figures)
+
+    @property
+    def failed(self) -> int:
+        """Requests of all runs that failed."""
+        return sum(figures.failed for figures in self.figures)
+
+
+@dataclass(frozen=True, slots=True)
+class Duel:
+    """One deployment against another under the same load."""
+
+    ours: Cell
+    theirs: Cell
+    findings: tuple[Finding, ...]
+
+    def named(self, verdict: Verdict) -> list[Finding]:
+        """Return the findings with a verdict."""
+        return [finding for finding in self.findings if finding.verdict is verdict]
+
+    def sentence(self) -> str:
+        """Return the verdict in plain language."""
+        parts = [
+            f"{verdict.value}: {', '.join(_brief(one) for one in found)}"
+            for verdict in (Verdict.BETTER, Verdict.WORSE)
+            if (found := self.named(verdict))
+        ]
+        if found := self.named(Verdict.OPEN):
+            parts.append(f"{Verdict.OPEN.value}: {', '.join(one.name for one in found)}")
+        text = f"{self.ours.deployment} against {self.theirs.deployment} is " + "; ".join(parts)
+        loose = [c.deployment for c in (self.ours, self.theirs) if c.regime is Regime.UNSTABLE]
+        if loose and not math.isinf(self.ours.level.rate):
+            text += f" (no steady state: {' and '.join(loose)}; the ratios depend on the duration)"
+        return text + "."
+
+
+def duels(cells: Sequence[Cell], ours: str) -> list[Duel]:
+    """Compare one deployment with each other one, wherever both were asked the same."""
+    found = []
+    for cell in (cell for cell in cells if cell.deployment == ours):
+        for other in cells:
+            is_same = (other.workload, other.level) == (cell.workload, cell.level)
+            if is_same and other is not cell and _is_paired(cell, other):
+                findings = compare(cell.records, other.records, METRICS)
+                found.append(Duel(cell, other, tuple(findings)))
+    return found
+
+
+def cell_rows(cells: Iterable[Cell]) -> list[Row]:
+    """Return what was measured, with intervals over seeds and requests."""
+    rows: list[Row] = []
+    for cell in cells:
+        for seed, figures in enumerate(cell.figures, 1):
+            rows += make_rows(figures, **cell.labels, run=str(seed))
+        for metric in METRICS:
+            runs = [metric_values(records, metric) for records in cell.records]
+            found = bootstrap(runs, (mean, percentile(99)), seed=1)
+            for name, interval in zip(("mean", "p99"), found, strict=True):
+                bounds = (interval.low, interval.high)
+                figure = f"compared_{metric}_{name}"
+                rows.append(Row(cell.labels, figure, interval.value, "ms", *bounds))
+    return rows
+
+
+def duel_rows(found: Iterable[Duel]) -> list[Row]:
+    """Return the ratios."""
+    rows: list[Row] = []
+    for duel in found:
+        labels = {**duel.ours.labels, "against": duel.theirs.deployment}
+        for finding in duel.findings:
+            ratio = finding.comparison.ratio
+            labelled = {**labels, "verdict": finding.verdict.value}
+            figure = f"ratio of {finding.name}"
+            rows.append(Row(labelled, figure, ratio.value, "x", ratio.low, ratio.high))
+    return rows
+
+
+def _is_paired(one: Cell, other: Cell) -> bool:
+    """Return whether both were asked the same, which an interrupted run was not."""
+    return [len(run) for run in one.records] == [len(run) for run in other.records]
+
+
+def _brief(finding: Finding) -> str:
+    ratio = finding.comparison.ratio
+    bounds = f"{number(ratio.low)} to {number(ratio.high)}"
+    return f"{finding.name} {number(ratio.value)} x ({bounds})"

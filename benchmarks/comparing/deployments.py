@@ -1,0 +1,212 @@
+"""The deployments that are compared, on the same devices, one after the other."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from benchmarks.service import nixl
+from benchmarks.service.servers import MODEL_NAME, free_ports, launched, running
+from benchmarks.transfer.pair import BenchError
+from vllm_pd.launcher.devices import VISIBLE_DEVICES
+from vllm_pd.launcher.split import core_list
+
+PD, COLOCATED, REPLICAS, CHUNKED, NIXL = "pd", "colocated", "replicas", "chunked", "nixl"
+
+CHUNK_TOKENS = 256
+"""Token budget of a step with chunked prefill: the small end of what is usual, for short stalls."""
+
+TITLES = {
+    PD: "PD: one prefill, one decode instance",
+    COLOCATED: "colocated, one instance on all devices",
+    REPLICAS: "colocated, two instances behind the router",
+    CHUNKED: f"colocated, two instances, prefill in chunks of {CHUNK_TOKENS} tokens",
+    NIXL: "PD with vLLM's NixlConnector, behind the router",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """Where and how all deployments run.
+
+    Attributes:
+        model: checkpoint folder or Hugging Face name.
+        device: ``cpu``, ``cuda`` or ``npu``.
+        pool: the devices, or CPU cores, that each deployment gets; an even number.
+        args: ``vllm serve`` arguments of every instance.
+        kv_gib: KV cache on the CPU, in GiB, of each of two instances; one alone gets twice that.
+        folder: for logs and state.
+    """
+
+    model: str
+    device: str
+    pool: tuple[str, ...]
+    args: tuple[str, ...]
+    kv_gib: int
+    folder: Path
+
+    @property
+    def halves(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """The devices of each of two instances."""
+        middle = len(self.pool) // 2
+        return self.pool[:middle], self.pool[middle:]
+
+    def tp(self, devices: Sequence[str]) -> int:
+        """Return the tensor-parallel size: on the CPU the cores are threads of one rank."""
+        return 1 if self.device == "cpu" else len(devices)
+
+
+@contextlib.contextmanager
+def deployed(name: str, site: Site) -> Iterator[str]:
+    """Run a deployment; yield the address for clients.
+
+    Raises:
+        BenchError: it does not start.
+    """
+    with _DEPLOYMENTS[name](site) as url:
+        yield url
+
+
+@contextlib.contextmanager
+def _pd(site: Site) -> Iterator[str]:
+    ports = free_ports(3)
+    with launched(site.folder / PD, topology(site, ports)):
+        yield f"http://127.0.0.1:{ports[0]}"
+
+
+@contextlib.contextmanager
+def _colocated(site: Site) -> Iterator[str]:
+    with _instance(site, COLOCATED, site.pool, kv_gib=2 * site.kv_gib) as url:
+        yield url
+
+
+@contextlib.contextmanager
+def _two(site: Site, name: str = REPLICAS, *args: str) -> Iterator[str]:
+    with contextlib.ExitStack() as stack:
+        urls = [
+            stack.enter_context(_instance(site, f"{name}-{number}", devices, *args))
+            for number, devices in enumerate(site.halves)
+        ]
+        yield stack.enter_context(_routed(site, name, [], urls))
+
+
+def _chunked(site: Site) -> contextlib.AbstractContextManager[str]:
+    budget = str(CHUNK_TOKENS)
+    return _two(site, CHUNKED, "--enable-chunked-prefill", "--max-num-batched-tokens", budget)
+
+
+@contextlib.contextmanager
+def _nixl(site: Site) -> Iterator[str]:
+    packages = site.folder / "packages"
+    nixl.link_packages(nixl.find_packages(), packages)
+    args = ("--kv-transfer-config", json.dumps(nixl.KV_TRANSFER))
+    with contextlib.ExitStack() as stack:
+        urls = []
+        for role, devices, port in zip(
+            ("prefill", "decode"), site.halves, free_ports(2), strict=True
+        ):
+            env = nixl.variables(packages, port)
+            urls.append(
+                stack.enter_context(_instance(site, f"{NIXL}-{role}", devices, *args, env=env))
+            )
+        yield stack.enter_context(_routed(site, NIXL, urls[:1], urls[1:]))
+
+
+_DEPLOYMENTS: Mapping[str, Callable[[Site], contextlib.AbstractContextManager[str]]] = {
+    REPLICAS: _two,
+    PD: _pd,
+    COLOCATED: _colocated,
+    CHUNKED: _chunked,
+    NIXL: _nixl,
+}
+
+
+def topology(site: Site, ports: Sequence[int]) -> dict[str, Any]:
+    """Return the topology of the PD deployment; ``ports`` of router, prefill and decode."""
+    prefill, decode = (
+        {"port": port, "tp": site.tp(devices), "devices": [int(device) for device in devices]}
+        for port, devices in zip(ports[1:], site.halves, strict=True)
+    )
+    values = {
+        "model": site.model,
+        "served_model_name": MODEL_NAME,
+        "device": site.device,
+        "router": {"port": ports[0]},
+        "prefill": prefill,
+        "decode": decode,
+        "args": list(site.args),
+    }
+    return values | ({"kv_cache_space_gib": site.kv_gib} if site.device == "cpu" else {})
+
+
+def device_env(site: Site, devices: Sequence[str], kv_gib: int) -> dict[str, str]:
+    """Return the variables that give an instance its devices, as ``vllm-pd up`` sets them."""
+    if site.device != "cpu":
+        return {VISIBLE_DEVICES[site.device]: ",".join(devices)}
+    return {
+        "VLLM_USE_V2_MODEL_RUNNER": "0",
+        "VLLM_CPU_KVCACHE_SPACE": str(kv_gib),
+        "VLLM_CPU_OMP_THREADS_BIND": core_list(devices),
+    }
+
+
+@contextlib.contextmanager
+def _instance(
+    site: Site,
+    name: str,
+    devices: Sequence[str],
+    *args: str,
+    kv_gib: int | None = None,
+    env: Mapping[str, str] | None = None,
+) -> Iterator[str]:
+    """Run one ``vllm serve`` without our connector; yield its URL."""
+    (port,) = free_ports(1)
+    command = [sys.executable, "-P", "-m", "vllm.entrypoints.cli.main", "serve", site.model]
+    command += ["--host", "127.0.0.1", "--port", str(port), "--served-model-name", MODEL_NAME]
+    command += ["--tensor-parallel-size", str(site.tp(devices))]
+    command += [*(["--enforce-eager"] if site.device == "cpu" else []), *site.args, *args]
+    variables = {**device_env(site, devices, kv_gib or site.kv_gib), **(env or {})}
+    url = f"http://127.0.0.1:{port}"
+    with running(site.folder / f"{name}.log", command, f"{url}/health", variables):
+        yield url
+
+
+@contextlib.contextmanager
+def _routed(site: Site, name: str, prefill: Sequence[str], decode: Sequence[str]) -> Iterator[str]:
+    """Run the router; without prefill instances it balances the load of the others."""
+    (port,) = free_ports(1)
+    # A file may leave prefill instances for later, which options may not.
+    instances = site.folder / f"{name}-instances.yaml"
+    entries = [{"url": url, "role": "prefill"} for url in prefill]
+    entries += [{"url": url, "role": "decode"} for url in decode]
+    instances.write_text(yaml.safe_dump({"instances": entries}))
+    options: dict[str, Any] = {"instances_file": str(instances)}
+    if not prefill:  # the limit on prompts at decode instances is not for this
+        options["max_local_prefill_tokens"] = 2**31 - 1
+    command = [sys.executable, "-P", "-m", "vllm_pd.cli", "router", "--port", str(port)]
+    command += ["--options", json.dumps(options)]
+    url = f"http://127.0.0.1:{port}"
+    with running(site.folder / f"{name}-router.log", command, f"{url}/health", {}):
+        yield url
+
+
+def check_pool(pool: Sequence[str], environ: Mapping[str, str] = os.environ) -> None:
+    """Check that the devices can be given to two equal instances.
+
+    Raises:
+        BenchError: they cannot.
+    """
+    if not pool or len(pool) % 2:
+        raise BenchError(
+            f"{len(pool)} devices cannot be halved: name an even number of them by --devices"
+        )
+    if environ.get("VLLM_PD_FAULTS"):
+        raise BenchError("VLLM_PD_FAULTS is set: what fails on purpose is no comparison")

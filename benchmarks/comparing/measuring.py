@@ -1,0 +1,115 @@
+"""Asks a running deployment."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from benchmarks.comparing.cells import Cell, Level
+from benchmarks.serving.figures import Figures, make_figures
+from benchmarks.serving.load import Load, Run, run_loads
+from benchmarks.serving.progress import Progress
+from benchmarks.serving.target import Marks, Target, read_marks, stages_between
+from vllm_pd.bench.slo import Objectives
+from vllm_pd.bench.workload import Workload, cap_lengths, make_workload, shape_of
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+WARM_UP = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Effort:
+    """How much to ask.
+
+    Attributes:
+        seeds: runs at each load, each with other requests.
+        duration_s: of the arrivals of a run.
+        at_once: requests of a run in which all come at once.
+        min_count: least requests of any other run.
+    """
+
+    seeds: int
+    duration_s: float
+    at_once: int
+    min_count: int = 16
+
+    def count(self, level: Level) -> int:
+        """Return the requests of a run."""
+        if math.isinf(level.rate):
+            return self.at_once
+        return max(self.min_count, round(level.rate * self.duration_s))
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """A deployment that answers.
+
+    Attributes:
+        name: of the deployment.
+        target: its address and model.
+    """
+
+    name: str
+    target: Target
+
+
+def measure_cells(
+    subject: Subject,
+    workload: str,
+    levels: Sequence[Level],
+    effort: Effort,
+    console: Console,
+    objectives: Objectives | None = None,
+) -> tuple[list[Cell], bool]:
+    """Ask a deployment at some loads, each with every seed.
+
+    Returns:
+        The loads that were measured, and whether the user ended it early.
+
+    Raises:
+        BenchError: the load generator failed.
+        KeyboardInterrupt: it was interrupted before the first request.
+    """
+    asked = [(level, seed) for level in levels for seed in range(1, effort.seeds + 1)]
+    loads = []
+    for level, seed in asked:
+        made = _workload(workload, level.rate, effort.count(level), seed, subject.target)
+        loads.append(Load(subject.target, len(made.requests), ("--seed", str(seed)), made))
+    title = f"{subject.name}, {workload}"
+    phases = [(f"{title}, warming up", WARM_UP)]
+    phases += [
+        (f"{title}, {level.name}, seed {seed}", load.count)
+        for (level, seed), load in zip(asked, loads, strict=True)
+    ]
+    marks: list[Marks] = []
+    runs = run_loads(
+        loads,
+        warm_up=WARM_UP,
+        tell_progress=Progress(console, phases),
+        between=lambda: marks.append(read_marks(subject.target.base_url)),
+    )
+    measured: dict[Level, list[tuple[Run, Figures]]] = {}
+    # An interrupted run has no reading after it, and is left out.
+    for (level, _), run, before, after in zip(asked, runs, marks, marks[1:], strict=False):
+        found = make_figures(run, objectives, stages_between(before, after))
+        measured.setdefault(level, []).append((run, found))
+    cells = [
+        Cell(
+            subject.name,
+            workload,
+            level,
+            tuple(run for run, _ in pairs),
+            tuple(found for _, found in pairs),
+        )
+        for level, pairs in measured.items()
+    ]
+    return cells, runs[-1].is_interrupted
+
+
+def _workload(name: str, rate: float, count: int, seed: int, target: Target) -> Workload:
+    made = make_workload(name, shape_of(name), count=count, rate=rate, seed=seed)
+    return made if target.max_len is None else cap_lengths(made, target.max_len)

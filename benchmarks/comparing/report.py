@@ -1,0 +1,143 @@
+"""The report of a comparison: Markdown with the pictures, JSON with every figure."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from benchmarks.comparing.cells import Cell, Duel, cell_rows, duel_rows, duels
+from benchmarks.comparing.deployments import PD, TITLES
+from benchmarks.comparing.plots import draw_all
+from benchmarks.reporting import Report, markdown_table, number, write
+from vllm_pd.bench.records import METRICS, pooled
+from vllm_pd.bench.stats import summarize
+from vllm_pd.bench.verdict import Verdict
+
+_HEADER = (
+    *("deployment", "req/s", "TTFT mean", "TTFT P99", "TPOT mean", "TPOT P99"),
+    *("ITL mean", "ITL P99", "max stall P99", "failed", "regime"),
+)
+_EXPLANATION = (
+    "Milliseconds, of the requests of all seeds that were due after the first tenth of a run, "
+    "from the moment they were to be sent. Every deployment had the same devices and got the "
+    "same requests at the same times. Ratios are paired, with 95 % bootstrap intervals over "
+    "seeds and blocks of requests; a difference counts if its interval excludes 1. With so many "
+    "intervals some exclude 1 by chance."
+)
+
+
+def write_report(
+    folder: Path, cells: Sequence[Cell], environment: Mapping[str, str], notes: Sequence[str]
+) -> str:
+    """Write everything into a folder; return the Markdown.
+
+    Raises:
+        BenchError: a file cannot be written.
+    """
+    for name in ("plots", "raw"):
+        (folder / name).mkdir(exist_ok=True)
+    _write_raw(cells, folder / "raw")
+    found = duels(cells, PD)
+    rows = [*cell_rows(cells), *duel_rows(found)]
+    Report("compare", environment, rows, notes).write_json(folder / "report.json")
+    text = _markdown(cells, found, environment, notes, draw_all(cells, folder / "plots"))
+    write(folder / "report.md", text)
+    return text
+
+
+def _markdown(
+    cells: Sequence[Cell],
+    found: Sequence[Duel],
+    environment: Mapping[str, str],
+    notes: Sequence[str],
+    plots: Sequence[str],
+) -> str:
+    parts = ["# PD against colocated deployments", _EXPLANATION]
+    parts += [f"**{note}**" for note in notes]
+    parts.append("\n".join(f"- {key}: {value}" for key, value in environment.items()))
+    named = dict.fromkeys(cell.deployment for cell in cells)
+    parts.append("\n".join(f"- `{name}`: {TITLES[name]}" for name in named))
+    for workload, level in dict.fromkeys((cell.workload, cell.level) for cell in cells):
+        group = [c for c in cells if (c.workload, c.level) == (workload, level)]
+        parts.append(f"## {workload}, {level.name}")
+        parts.append(_about(group))
+        parts.append(markdown_table(_HEADER, [_line(cell) for cell in group]))
+        fought = [d for d in found if (d.ours.workload, d.ours.level) == (workload, level)]
+        parts += [_sentence(duel) for duel in fought]
+        if stages := _stages(group):
+            parts.append(stages)
+        slug = f"{workload}-{level.slug}-"
+        parts += [_image(name) for name in plots if name.startswith(slug)]
+    curves = [name for name in plots if name.endswith("throughput-latency.png")]
+    if curves:
+        parts += ["## Latency over throughput", *(_image(name) for name in curves)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _about(group: Sequence[Cell]) -> str:
+    first = group[0]
+    seeds = len(first.runs)
+    count = sum(len(run.records) for run in first.runs)
+    rate = number(first.level.rate)
+    when = "all at once" if rate == "-" else f"at {rate} req/s on average"
+    return f"{count} requests in {seeds} run{'s' if seeds > 1 else ''}, {when}."
+
+
+def _line(cell: Cell) -> list[str]:
+    found = {
+        metric: summarize([v for records in cell.records for v in pooled(records, metric)])
+        for metric in METRICS
+    }
+    values = [cell.request_rate]
+    for metric in ("ttft", "tpot", "itl"):
+        values += [found[metric].mean, found[metric].p99]
+    values.append(found["stall"].p99)
+    return [cell.deployment, *map(number, values), str(cell.failed), cell.regime.value]
+
+
+def _sentence(duel: Duel) -> str:
+    text = duel.sentence()
+    has_won = {verdict: bool(duel.named(verdict)) for verdict in Verdict}
+    if has_won[Verdict.BETTER] == has_won[Verdict.WORSE]:
+        return text
+    return f"{text} In all: {'better' if has_won[Verdict.BETTER] else 'worse'} or equal."
+
+
+def _stages(group: Sequence[Cell]) -> str:
+    rows = [
+        (cell.deployment, stage.name, stage.source, number(stage.mean_ms), str(stage.count))
+        for cell in group
+        for stage in cell.figures[0].stages
+    ]
+    if not rows:
+        return ""
+    header = ("deployment", "stage (mean, first run)", "clock", "ms", "count")
+    return "Where the time went:\n\n" + markdown_table(header, rows)
+
+
+def _image(name: str) -> str:
+    return f"![{name.removesuffix('.png')}](plots/{name})"
+
+
+def _write_raw(cells: Sequence[Cell], folder: Path) -> None:
+    for cell in cells:
+        for number_, run in enumerate(cell.runs, 1):
+            name = f"{cell.workload}-{cell.level.slug}-{cell.deployment}-{number_}.json"
+            lines = [json.dumps(_rounded(asdict(record))) for record in run.records]
+            write(folder / name, "[\n" + ",\n".join(lines) + "\n]\n")
+
+
+def _rounded(record: Mapping[str, object]) -> dict[str, object]:
+    """Return a record with microseconds, and nothing that JSON has no word for."""
+    return {key: _round(value) for key, value in record.items()}
+
+
+def _round(value: object) -> object:
+    if isinstance(value, float):
+        return round(value, 6) if math.isfinite(value) else None
+    if isinstance(value, tuple):
+        return [_round(item) for item in value]
+    return value

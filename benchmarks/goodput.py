@@ -1,0 +1,287 @@
+"""The highest rate at which 90 % of the requests meet TTFT and TPOT objectives together.
+
+    python benchmarks/goodput.py --goodput ttft:1000 tpot:50 --workload balanced
+    python benchmarks/goodput.py --goodput ttft:1000 tpot:50 --base-url http://host:8000
+
+Without --base-url it starts each deployment of ``compare.py`` on the same devices, one
+after the other, and reports the ratio of PD's goodput to that of each other one. The
+search doubles or halves the rate until it knows one that passes and one that fails, then
+bisects. A rate passes if the service kept pace and the lower bound of the 95 % interval of
+the part of requests that met both objectives, over all seeds, reaches 90 %. All deployments
+get the same requests. What is behind -- goes to every `vllm serve`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import math
+import shlex
+import signal
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+REPO = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(REPO))  # this is a program, not an installed package
+
+from rich.console import Console  # noqa: E402
+
+from benchmarks.benchmark_serving import interrupt, rate  # noqa: E402
+from benchmarks.comparing import options as site_options  # noqa: E402
+from benchmarks.comparing.cells import Level  # noqa: E402
+from benchmarks.comparing.deployments import (  # noqa: E402
+    CHUNKED,
+    COLOCATED,
+    NIXL,
+    PD,
+    REPLICAS,
+    TITLES,
+    deployed,
+)
+from benchmarks.comparing.measuring import Effort, Subject, measure_cells  # noqa: E402
+from benchmarks.options import Parser, positive  # noqa: E402
+from benchmarks.reporting import (  # noqa: E402
+    Report,
+    Row,
+    check_writable,
+    describe_environment,
+    number,
+    write,
+)
+from benchmarks.service.servers import MODEL_NAME  # noqa: E402
+from benchmarks.serving.target import find_target  # noqa: E402
+from benchmarks.transfer.pair import BenchError  # noqa: E402
+from vllm_pd.bench.goodput import (  # noqa: E402
+    Search,
+    Trial,
+    goodput_interval,
+    goodput_ratio,
+)
+from vllm_pd.bench.slo import Objectives, parse_objectives  # noqa: E402
+from vllm_pd.bench.steady import Regime  # noqa: E402
+from vllm_pd.bench.workload import SHAPES  # noqa: E402
+from vllm_pd.errors import ConfigError  # noqa: E402
+
+ORDER = (REPLICAS, PD, COLOCATED, CHUNKED, NIXL)
+USUAL = (REPLICAS, PD, COLOCATED)
+INTERRUPTED = 130
+_MIN_COUNT = 36
+"""Requests below which even a run without a miss has a lower bound of less than 90 %."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What to search.
+
+    Attributes:
+        workload: what to ask.
+        objectives: to be met together.
+        start: first rate, requests per second.
+        target: part of the requests that must meet them.
+        tolerance: of the rate that is found, relative.
+        effort: runs at each rate, and how long they are.
+    """
+
+    workload: str
+    objectives: Objectives
+    start: float
+    target: float
+    tolerance: float
+    effort: Effort
+
+
+@dataclass(slots=True)
+class Found:
+    """What there is so far: a search for each deployment, and what must be said."""
+
+    searches: dict[str, Search] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the searches; return the exit status."""
+    argv = sys.argv[1:] if argv is None else argv
+    parser = _make_parser()
+    args = parser.parse_args(argv)
+    console = Console(highlight=False, markup=False, soft_wrap=True)
+    signal.signal(signal.SIGTERM, interrupt)
+    found = Found()
+    status = 0
+    try:
+        plan = _plan(args)
+        for path in filter(None, (args.json, args.markdown)):
+            check_writable(path)
+        environment = describe_environment("none")
+        try:
+            _search_all(args, plan, found, environment, console)
+        except KeyboardInterrupt:
+            found.notes.append("It was interrupted: this is what there was until then.")
+            status = INTERRUPTED
+        environment["command"] = shlex.join(["python", "benchmarks/goodput.py", *argv])
+        report = make_report(plan, found, environment)
+        console.print(report.markdown())
+        if args.json is not None:
+            report.write_json(args.json)
+        if args.markdown is not None:
+            write(args.markdown, report.markdown())
+    except (BenchError, ConfigError) as exc:
+        sys.stderr.write(f"error: {exc}\n")
+        return status or 1
+    return status
+
+
+def make_report(plan: Plan, found: Found, environment: dict[str, str]) -> Report:
+    """Return goodputs and the ratios of PD's to the others'.
+
+    Raises:
+        BenchError: nothing was measured.
+    """
+    if not found.searches:
+        reasons = "; ".join(found.notes) or "there was nothing to ask"
+        raise BenchError(f"nothing was measured: {reasons}")
+    rows: list[Row] = []
+    notes = list(found.notes)
+    for name, search in found.searches.items():
+        labels = {"deployment": name, "workload": plan.workload}
+        crossing = goodput_interval(search.trials, plan.target, seed=1)
+        bounds = (crossing.low, crossing.high)
+        rows.append(Row(labels, "highest rate that passed", search.best, "req/s"))
+        rows.append(Row(labels, "goodput", crossing.value, "req/s", *bounds))
+        if not search.best:
+            notes.append(f"{name} met the objectives at no rate that was tried")
+    for name, search in found.searches.items():
+        if name == PD or PD not in found.searches:
+            continue
+        ours = found.searches[PD]
+        ratio = goodput_ratio(ours.trials, search.trials, plan.target, seed=1)
+        labels = {"deployment": PD, "workload": plan.workload, "against": name}
+        rows.append(Row(labels, "ratio of goodputs", ratio.value, "x", ratio.low, ratio.high))
+        notes.append(_sentence(name, ratio.low, ratio.high))
+    trials = {name: [_plain(trial) for trial in s.trials] for name, s in found.searches.items()}
+    objective = f"{plan.target:.0%} of the requests with {plan.objectives}"
+    return Report("goodput", {**environment, "objective": objective}, rows, notes, trials)
+
+
+def _sentence(name: str, low: float, high: float) -> str:
+    if low > 1:
+        return f"PD has more goodput than {name} ({number(low)} to {number(high)} x)"
+    if high < 1:
+        return f"PD has less goodput than {name} ({number(low)} to {number(high)} x)"
+    return f"PD and {name} are not distinguishable ({number(low)} to {number(high)} x)"
+
+
+def _plain(trial: Trial) -> dict[str, object]:
+    return {
+        "rate": trial.rate,
+        "is_stable": trial.is_stable,
+        "attainment": asdict(trial.attainment),
+        "outcomes": [[int(met) for met in run] for run in trial.outcomes],
+    }
+
+
+def _search_all(
+    args: argparse.Namespace,
+    plan: Plan,
+    found: Found,
+    environment: dict[str, str],
+    console: Console,
+) -> None:
+    if args.base_url is not None:
+        environment["service"] = args.base_url
+        subject = Subject("service", find_target(args.base_url, None))
+        _search(subject, plan, found, console)
+        return
+    with tempfile.TemporaryDirectory(
+        prefix="vllm-pd-goodput-", ignore_cleanup_errors=True
+    ) as folder:
+        site = site_options.make_site(args, Path(folder))
+        environment |= site_options.describe_site(site)
+        for name in site_options.chosen(ORDER, args.deployment or USUAL):
+            console.print(f"starting {name}: {TITLES[name]}")
+            with _noting(name, found, console), deployed(name, site) as url:
+                subject = Subject(name, find_target(url, MODEL_NAME))
+                _search(subject, plan, found, console)
+
+
+def _search(subject: Subject, plan: Plan, found: Found, console: Console) -> None:
+    search = Search(plan.start, plan.target, plan.tolerance)
+    while (next_rate := search.next_rate()) is not None:
+        level = Level(None, next_rate)
+        cells, is_interrupted = measure_cells(
+            subject, plan.workload, [level], plan.effort, console, plan.objectives
+        )
+        if is_interrupted:
+            raise KeyboardInterrupt
+        (cell,) = cells
+        outcomes = [[plan.objectives.are_met_by(r) for r in run.records] for run in cell.runs]
+        trial = Trial(next_rate, outcomes, is_stable=cell.regime is not Regime.UNSTABLE)
+        search.tell(trial)
+        found.searches[subject.name] = search
+        share = trial.attainment
+        verdict = "passes" if trial.passes(plan.target) else "fails"
+        stability = "" if trial.is_stable else ", no steady state"
+        console.print(
+            f"{subject.name}: {next_rate:.3g} req/s {verdict}: {share.value:.1%} "
+            f"({share.low:.1%} to {share.high:.1%}) met the objectives{stability}"
+        )
+
+
+@contextlib.contextmanager
+def _noting(name: str, found: Found, console: Console) -> Iterator[None]:
+    """Go on with the next deployment if one fails: what the others did is not to be lost."""
+    try:
+        yield
+    except BenchError as exc:
+        found.notes.append(f"{name} was not measured to the end: {exc}")
+        console.print(found.notes[-1])
+
+
+def _plan(args: argparse.Namespace) -> Plan:
+    return Plan(
+        workload=args.workload,
+        objectives=parse_objectives(args.goodput),
+        start=args.start_rate,
+        target=args.attainment,
+        tolerance=args.tolerance,
+        effort=Effort(args.seeds, args.duration, at_once=_MIN_COUNT, min_count=_MIN_COUNT),
+    )
+
+
+def _make_parser() -> Parser:
+    parser = site_options.make_parser("goodput.py", __doc__ or "")
+    add = parser.add_argument
+    add(
+        "--goodput",
+        nargs="+",
+        required=True,
+        metavar="KEY:MS",
+        help="the objectives: ttft, tpot, e2el",
+    )
+    add("--base-url", metavar="URL", help="search only this service, which runs already")
+    add("--deployment", choices=ORDER, action="append", help="only this; repeatable")
+    add("--workload", choices=tuple(SHAPES), default="balanced", metavar="NAME", help="[balanced]")
+    add("--attainment", type=_share, default=0.9, metavar="X", help="part that must meet [0.9]")
+    add("--tolerance", type=_share, default=0.05, metavar="X", help="of the rate [0.05]")
+    add("--start-rate", type=rate, default=1.0, metavar="R", help="first rate, req/s [1]")
+    add("--seeds", type=positive, default=3, metavar="N", help="runs at each rate [3]")
+    add("--duration", type=site_options.seconds, default=120.0, metavar="S", help="of a run [120]")
+    add("--json", type=Path, metavar="FILE", help="write the report as JSON")
+    add("--markdown", type=Path, metavar="FILE", help="write it as Markdown")
+    return parser
+
+
+def _share(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not between 0 and 1")
+    return value
+
+
+if __name__ == "__main__":
+    sys.exit(main())

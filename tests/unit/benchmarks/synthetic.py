@@ -1,0 +1,44 @@
+"""Cells of made-up services: one that stalls streams for prompts, and one that does not."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from benchmarks.comparing.cells import Cell, Level
+from benchmarks.serving.figures import make_figures
+from benchmarks.serving.load import Run
+from vllm_pd.bench.arrivals import gamma_arrivals
+from vllm_pd.bench.records import Record
+
+LEVEL = Level(0.7, 2.0)
+
+
+def cell(
+    deployment: str,
+    *,
+    stall_s: float = 0.0,
+    ttft_s: float = 0.2,
+    level: Level = LEVEL,
+    seeds: int = 2,
+    count: int = 80,
+) -> Cell:
+    """Return a cell; every arrival stalls what streams then by ``stall_s``."""
+    runs = tuple(run(stall_s, ttft_s, level.rate, seed, count) for seed in range(seeds))
+    return Cell(deployment, "balanced", level, runs, tuple(make_figures(one) for one in runs))
+
+
+def run(stall_s: float, ttft_s: float, rate: float, seed: int, count: int) -> Run:
+    rng = np.random.default_rng(seed)
+    arrivals = gamma_arrivals(count, rate, 1.0, rng)
+    records = []
+    for arrival in arrivals:
+        gaps = []
+        now = first = float(arrival + ttft_s * rng.uniform(0.9, 1.3))
+        for _ in range(20):
+            gap = 0.02 * rng.uniform(0.95, 1.1)
+            gap += stall_s * int(((arrivals > now) & (arrivals <= now + gap)).sum())
+            now += gap
+            gaps.append(gap)
+        records.append(Record(float(arrival), float(arrival), first, tuple(gaps), 512, 21))
+    ended = max(record.ended_s for record in records)
+    return Run(records, is_scheduled=True, duration_s=ended)

@@ -1,0 +1,145 @@
+"""The comparison's arithmetic, verdicts, report and pictures; no engine is started."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+
+from benchmarks import compare
+from benchmarks.comparing import options
+from benchmarks.comparing.cells import Cell, Level, duels
+from benchmarks.comparing.deployments import PD, REPLICAS, Site, device_env, topology
+from benchmarks.comparing.plots import draw_all
+from benchmarks.comparing.report import write_report
+from benchmarks.transfer.pair import BenchError
+from tests.unit.benchmarks.synthetic import cell
+from vllm_pd.bench.verdict import Verdict
+from vllm_pd.config import Topology, from_mapping
+
+
+@pytest.fixture(scope="module")
+def cells() -> list[Cell]:
+    return [cell(REPLICAS, stall_s=0.3), cell(PD, ttft_s=0.3)]
+
+
+def site(device: str = "cpu", pool: tuple[str, ...] = ("0", "1")) -> Site:
+    return Site("/models/m", device, pool, ("--max-num-seqs", "8"), 1, Path("/tmp"))
+
+
+def test_what_is_better_and_what_is_worse_is_told_apart(cells: list[Cell]) -> None:
+    (duel,) = duels(cells, PD)
+    verdicts = {finding.name: finding.verdict for finding in duel.findings}
+    assert verdicts["ITL P99"] is Verdict.BETTER
+    assert verdicts["TPOT mean"] is Verdict.BETTER
+    assert verdicts["TTFT mean"] is Verdict.WORSE
+    assert "pd against replicas is better: " in duel.sentence()
+    assert "worse: TTFT mean 1.50 x" in duel.sentence()
+
+
+def test_equal_services_are_not_distinguished() -> None:
+    (duel,) = duels([cell(PD), cell(REPLICAS)], PD)
+    assert {finding.verdict for finding in duel.findings} == {Verdict.OPEN}
+
+
+def test_only_the_same_load_is_compared() -> None:
+    assert duels([cell(PD), cell(REPLICAS, level=Level(0.25, 1.0))], PD) == []
+    assert duels([cell(PD), cell(REPLICAS, count=50)], PD) == []  # it was interrupted
+
+
+def test_report_has_tables_verdicts_and_pictures(cells: list[Cell], tmp_path: Path) -> None:
+    text = write_report(tmp_path, cells, {"cpu": "some"}, ["a note"])
+    assert "## balanced, 70% of capacity" in text
+    assert "pd against replicas is better" in text
+    assert "**a note**" in text
+    for name in ("cdf", "itl-over-time"):
+        picture = tmp_path / "plots" / f"balanced-70percent-{name}"
+        assert f"plots/{picture.name}.png" in text
+        assert picture.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+        assert ElementTree.parse(picture.with_suffix(".svg")).getroot().tag.endswith("svg")
+
+
+def test_report_has_every_figure_and_every_request_as_json(
+    cells: list[Cell], tmp_path: Path
+) -> None:
+    write_report(tmp_path, cells, {"cpu": "some"}, [])
+    rows = json.loads((tmp_path / "report.json").read_text())["rows"]
+    ratios = [row for row in rows if row["figure"] == "ratio of ITL P99"]
+    assert [row["labels"]["verdict"] for row in ratios] == ["better"]
+    assert ratios[0]["low"] < ratios[0]["value"] < ratios[0]["high"] < 1
+    raw = json.loads((tmp_path / "raw" / "balanced-70percent-pd-1.json").read_text())
+    assert len(raw) == 80
+    assert len(raw[0]["gaps_s"]) == 20
+
+
+def test_several_loads_give_a_curve(tmp_path: Path) -> None:
+    levels = [Level(0.25, 0.5), Level(None, math.inf)]
+    cells = [cell(name, level=level) for name in (PD, REPLICAS) for level in levels]
+    text = write_report(tmp_path, cells, {}, [])
+    assert "plots/balanced-throughput-latency.png" in text
+
+
+def test_same_data_gives_the_same_picture(cells: list[Cell], tmp_path: Path) -> None:
+    pictures = []
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        draw_all(cells, tmp_path / name)
+        pictures.append((tmp_path / name / "balanced-70percent-cdf.svg").read_bytes())
+    assert pictures[0] == pictures[1]
+
+
+def test_both_halves_of_the_devices_are_used_by_pd() -> None:
+    values = topology(site("npu", tuple("01234567")), [8000, 8100, 8200])
+    made = from_mapping(Topology, values, source="test")
+    assert made.prefill is not None
+    assert made.decode is not None
+    assert (made.prefill.tp, made.prefill.devices) == (4, (0, 1, 2, 3))
+    assert (made.decode.tp, made.decode.devices) == (4, (4, 5, 6, 7))
+
+
+def test_cores_are_threads_of_one_rank() -> None:
+    values = topology(site(), [8000, 8100, 8200])
+    assert (values["prefill"]["tp"], values["prefill"]["devices"]) == (1, [0])
+    env = device_env(site(), ("0", "1"), 2)
+    assert env["VLLM_CPU_OMP_THREADS_BIND"] == "0-1"
+    assert env["VLLM_CPU_KVCACHE_SPACE"] == "2"
+
+
+def test_devices_are_given_by_the_variable_of_their_kind() -> None:
+    assert device_env(site("npu"), ("4", "5"), 1) == {"ASCEND_RT_VISIBLE_DEVICES": "4,5"}
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--load", "0"], "neither 0 to 2"),
+        (["--load", "0.5", "--rate", "1"], "exclude each other"),
+        (["--rate", "-1"], "not a positive rate"),
+        (["--duration", "inf"], "not a number of seconds"),
+        (["--seeds", "0"], "not a positive number"),
+        (["--workload", "chat"], "invalid choice: 'chat'"),
+    ],
+)
+def test_bad_option_is_one_line(
+    capsys: pytest.CaptureFixture[str], argv: list[str], message: str
+) -> None:
+    with pytest.raises(SystemExit):
+        compare.main(argv)
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_odd_number_of_devices_is_refused(tmp_path: Path) -> None:
+    args = options.make_parser("x", "").parse_args(["--device", "cpu", "--devices", "0"])
+    with pytest.raises(BenchError, match="cannot be halved"):
+        options.make_site(args, tmp_path)
+
+
+def test_device_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    args = options.make_parser("x", "").parse_args(["--device", "cpu", "--devices", "0,9999"])
+    with pytest.raises(BenchError, match="there is no device 9999"):
+        options.make_site(args, tmp_path)
