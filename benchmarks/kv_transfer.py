@@ -35,6 +35,8 @@ sys.path.insert(0, str(REPO))  # this is a program, not an installed package
 from rich.console import Console  # noqa: E402
 
 from benchmarks.options import Parser, positive  # noqa: E402
+from benchmarks.reporting import Report, write  # noqa: E402
+from benchmarks.rows import transfer_rows  # noqa: E402
 from benchmarks.transfer import peers, report  # noqa: E402
 from benchmarks.transfer.pair import BenchError  # noqa: E402
 from benchmarks.transfer.plan import make_plan  # noqa: E402
@@ -68,6 +70,7 @@ class Options:
     effort: Effort | None
     json_file: Path | None
     extra_file: Path | None
+    report_file: Path | None
 
 
 def parse_options(argv: Sequence[str]) -> Options:
@@ -79,7 +82,7 @@ def parse_options(argv: Sequence[str]) -> Options:
     if args.no_peers:
         transports = [name for name in transports if name not in FOREIGN]
     effort = Effort(10, 200, 1.0) if quick else Effort(40, 2000, 10.0)
-    for path in (args.json, args.json_extra):
+    for path in (args.json, args.json_extra, args.report):
         if path is not None and not path.parent.is_dir():
             parser.error(f"{path}: there is no folder {path.parent}")
         if path is not None and path.is_dir():
@@ -96,6 +99,7 @@ def parse_options(argv: Sequence[str]) -> Options:
         effort=None if args.no_sessions else effort,
         json_file=args.json,
         extra_file=args.json_extra,
+        report_file=args.report,
     )
 
 
@@ -124,7 +128,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     console.print(report.throughput_table(samples, rows))
     if figures:
         console.print(report.session_table(figures))
-    return _write_files(options, rows, {"environment": environment, **_extra(samples, figures)})
+    found = Report("kv_transfer", environment, transfer_rows(rows), (), _extra(samples, figures))
+    return _write_files(options, rows, found)
 
 
 def _find_peers(options: Options, console: Console) -> str | None:
@@ -181,18 +186,21 @@ def _extra(samples: Sequence[Samples], figures: Sequence[SessionFigures]) -> dic
     }
 
 
-def _write_files(options: Options, rows: Sequence[report.Row], extra: dict[str, Any]) -> int:
+def _write_files(options: Options, rows: Sequence[report.Row], found: Report) -> int:
+    extra = {"environment": found.environment, **found.measured}
     contents: list[tuple[Path | None, Any]] = [
         (options.json_file, list(rows)),
         (options.extra_file, extra),
     ]
-    for path, content in contents:
-        try:
+    try:
+        for path, content in contents:
             if path is not None:
-                path.write_text(json.dumps(content, indent=1) + "\n")
-        except OSError as exc:
-            sys.stderr.write(f"error: cannot write {path}: {exc.strerror}\n")
-            return 1
+                write(path, json.dumps(content, indent=1) + "\n")
+        if options.report_file is not None:
+            found.write_json(options.report_file)
+    except BenchError as exc:
+        sys.stderr.write(f"error: {exc}\n")
+        return 1
     return 0
 
 
@@ -211,6 +219,7 @@ def _make_parser() -> Parser:
     add = parser.add_argument
     add("--quick", action="store_true", help="fewer rounds: under 40 s in all")
     add("--json", type=Path, metavar="FILE", help="write the throughput rows as a JSON list")
+    add("--report", type=Path, metavar="FILE", help="write all of it as all benchmarks do, as JSON")
     add(
         "--json-extra",
         type=Path,

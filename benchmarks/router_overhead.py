@@ -40,7 +40,9 @@ sys.path.insert(0, str(REPO))  # this is a program, not an installed package
 from rich.console import Console  # noqa: E402
 
 from benchmarks.options import Parser, positive  # noqa: E402
+from benchmarks.reporting import Report, write  # noqa: E402
 from benchmarks.router import load, paced, report, routers  # noqa: E402
+from benchmarks.rows import router_rows  # noqa: E402
 from benchmarks.transfer import peers  # noqa: E402
 from benchmarks.transfer import report as machine  # noqa: E402
 from benchmarks.transfer.pair import BenchError  # noqa: E402
@@ -69,6 +71,7 @@ class Options:
     seconds: float
     streams_s: float | None
     json_file: Path | None
+    report_file: Path | None
 
 
 def parse_options(argv: Sequence[str]) -> Options:
@@ -78,14 +81,16 @@ def parse_options(argv: Sequence[str]) -> Options:
     wanted = args.proxy or routers.PROXIES
     if args.no_peers:
         wanted = [name for name in wanted if name not in routers.FOREIGN]
-    if args.json is not None and (args.json.is_dir() or not args.json.parent.is_dir()):
-        parser.error(f"{args.json} is not a file that can be written")
+    for path in (args.json, args.report):
+        if path is not None and (path.is_dir() or not path.parent.is_dir()):
+            parser.error(f"{path} is not a file that can be written")
     return Options(
         proxies=tuple(name for name in routers.PROXIES if name in wanted),
         num_rounds=args.rounds or (2 if args.quick else 5),
         seconds=1.0 if args.quick else 3.0,
         streams_s=(12.0 if args.quick else 30.0) if args.streams else None,
         json_file=args.json,
+        report_file=args.report,
     )
 
 
@@ -102,7 +107,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if python is None:
             names = tuple(name for name in options.proxies if name not in routers.FOREIGN)
             options = replace(options, proxies=names)
-        _describe(options, argv, console)
+        environment = _describe(options, argv, console)
         with tempfile.TemporaryDirectory(prefix="router-overhead-") as folder:
             rows = _measure(options, Path(folder), python, console)
     except BenchError as exc:
@@ -111,7 +116,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         sys.stderr.write("interrupted\n")
         return 130
-    return _write(options.json_file, rows)
+    return _write(options, rows, environment)
 
 
 def _find_peers(options: Options, console: Console) -> Path | None:
@@ -128,13 +133,14 @@ def _find_peers(options: Options, console: Console) -> Path | None:
     return python
 
 
-def _describe(options: Options, argv: Sequence[str], console: Console) -> None:
+def _describe(options: Options, argv: Sequence[str], console: Console) -> dict[str, str]:
     packages = peers.describe_packages(routers.PEERS).split(", ")
     named = [text for text in packages if text.split()[0] in options.proxies]
     environment = machine.describe_environment(", ".join(named) or "none")
     environment["command"] = shlex.join(["python", "benchmarks/router_overhead.py", *argv])
     for key, value in environment.items():
         console.print(f"{key + ':':9} {value}")
+    return environment
 
 
 def _measure(
@@ -242,12 +248,15 @@ def _allow_connections() -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
-def _write(path: Path | None, rows: Sequence[report.Row]) -> int:
+def _write(options: Options, rows: Sequence[report.Row], environment: dict[str, str]) -> int:
     try:
-        if path is not None:
-            path.write_text(json.dumps(list(rows), indent=1) + "\n")
-    except OSError as exc:
-        sys.stderr.write(f"error: cannot write {path}: {exc.strerror}\n")
+        if options.json_file is not None:
+            write(options.json_file, json.dumps(list(rows), indent=1) + "\n")
+        if options.report_file is not None:
+            found = Report("router_overhead", environment, router_rows(rows))
+            found.write_json(options.report_file)
+    except BenchError as exc:
+        sys.stderr.write(f"error: {exc}\n")
         return 1
     return 0
 
@@ -261,6 +270,7 @@ def _make_parser() -> Parser:
     add = parser.add_argument
     add("--quick", action="store_true", help="fewer and shorter rounds: under 50 s in all")
     add("--json", type=Path, metavar="FILE", help="write the rows as a JSON list")
+    add("--report", type=Path, metavar="FILE", help="write them as all benchmarks do, as JSON")
     add(
         "--proxy",
         choices=routers.PROXIES,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from benchmarks.comparing.cells import Cell
 from benchmarks.comparing.deployments import CHUNKED, COLOCATED, NIXL, PD, REPLICAS, TITLES
@@ -20,6 +20,7 @@ from vllm_pd.bench.steady import Regime
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
 
 # Okabe and Ito's colours, which people who see few colours can tell apart.
 COLOURS = {
@@ -68,29 +69,30 @@ def draw_all(cells: Sequence[Cell], folder: Path) -> list[str]:
 
 
 def _distributions(cells: Sequence[Cell]) -> Figure:
-    figure, axes = _figure(1, 2, (9.5, 3.9))
-    for axis, metric in zip(axes, ("ttft", "itl"), strict=True):
-        for cell in cells:
+    """Draw distribution functions, and what the one of ITL hides: how often gaps are long."""
+    figure, (ttft, itl, tail) = _figure(1, 3, (11.5, 4.1))
+    for cell in cells:
+        style = _style(cell.deployment)
+        for axis, metric in ((ttft, "ttft"), (itl, "itl"), (tail, "itl")):
             values = np.sort(_pooled(cell, metric))
             if values.size:
-                share = np.arange(1, values.size + 1) / values.size
-                axis.plot(
-                    values,
-                    share,
-                    color=COLOURS[cell.deployment],
-                    linestyle=_STYLES[cell.deployment],
-                    linewidth=1.6,
-                    label=TITLES[cell.deployment],
-                )
-        axis.set_xscale("log")
+                ranks = np.arange(values.size)
+                shares = 1 - ranks / values.size if axis is tail else (ranks + 1) / values.size
+                axis.step(values, shares, where="post", linewidth=1.6, **style)
+    for axis, metric in ((ttft, "ttft"), (itl, "itl")):
         axis.set_ylim(0, 1.01)
-        axis.axhline(0.99, color="0.5", linewidth=0.6)
-        axis.annotate(
-            "P99", (0.005, 0.99), xycoords=("axes fraction", "data"), va="top", fontsize=7
-        )
         axis.set_xlabel(f"{METRICS[metric]}, ms")
-        axis.set_ylabel("part of " + ("requests" if metric == "ttft" else "gaps between tokens"))
-        _plain_numbers(axis)
+    ttft.set_ylabel("part of requests")
+    itl.set_ylabel("part of gaps between tokens")
+    tail.set_yscale("log")
+    tail.axhline(0.01, color="0.5", linewidth=0.8)
+    tail.annotate("P99", (0.98, 0.011), xycoords=("axes fraction", "data"), ha="right", fontsize=8)
+    tail.set_ylabel("part of gaps that are at least so long")
+    tail.set_xlabel("ITL, ms")
+    _plain_numbers(tail.yaxis)
+    for axis in (ttft, itl, tail):
+        axis.set_xscale("log")
+        _plain_numbers(axis.xaxis)
     _finish(figure, f"{cells[0].workload}, {cells[0].level.name}")
     return figure
 
@@ -110,7 +112,7 @@ def _over_time(cells: Sequence[Cell]) -> Figure:
             axis.scatter(
                 np.concatenate(times),
                 np.concatenate(gaps),
-                s=3,
+                s=5,
                 color=COLOURS[cell.deployment],
                 linewidths=0,
                 alpha=0.7,
@@ -120,7 +122,8 @@ def _over_time(cells: Sequence[Cell]) -> Figure:
         axis.set_title(TITLES[cell.deployment], loc="left", fontsize=9)
         axis.set_ylabel("ITL, ms")
         axis.grid(visible=False, axis="x")
-        _plain_numbers(axis, only_y=True)
+        axis.set_xlim(-0.5, _span_s(cells) + 0.5)
+        _plain_numbers(axis.yaxis)
     axes[-1].set_xlabel("seconds; grey lines: requests come, with a prompt to prefill")
     figure.suptitle(f"Every gap between tokens: {cells[0].workload}, {cells[0].level.name}")
     figure.tight_layout()
@@ -139,13 +142,7 @@ def _curve(cells: Sequence[Cell]) -> Figure:
             mine = [cell for cell in cells if cell.deployment == deployment]
             mine.sort(key=lambda cell: cell.request_rate)
             points = [(cell.request_rate, _of(cell, metric, statistic), cell) for cell in mine]
-            axis.plot(
-                [rate for rate, _, _ in points],
-                [value for _, value, _ in points],
-                color=COLOURS[deployment],
-                linestyle=_STYLES[deployment],
-                label=TITLES[deployment],
-            )
+            axis.plot([p[0] for p in points], [p[1] for p in points], **_style(deployment))
             for rate, value, cell in points:
                 is_steady = cell.regime is not Regime.UNSTABLE
                 axis.plot(
@@ -159,7 +156,7 @@ def _curve(cells: Sequence[Cell]) -> Figure:
         axis.set_xlim(left=0)
         axis.set_xlabel("answered requests per second")
         axis.set_ylabel(f"{METRICS[metric]} {name}, ms")
-        _plain_numbers(axis, only_y=True)
+        _plain_numbers(axis.yaxis)
     _finish(figure, f"{cells[0].workload}; hollow marks: no steady state")
     return figure
 
@@ -183,12 +180,30 @@ def _finish(figure: Figure, title: str) -> None:
     figure.tight_layout(rect=(0, 0.02 + 0.055 * num_rows, 1, 1))
 
 
-def _plain_numbers(axis: Axes, *, only_y: bool = False) -> None:
-    """Write 100 and not 10 to the power of 2."""
-    chosen = (axis.yaxis,) if only_y else (axis.xaxis,)
-    for one in chosen:
-        one.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        one.set_minor_formatter(NullFormatter())
+def _plain_numbers(axis: Axis) -> None:
+    """Mark 1, 2 and 5 of each decade of a logarithmic axis, and write 100, not a power of ten."""
+    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=24))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())
+
+
+def _style(deployment: str) -> dict[str, Any]:
+    return {
+        "color": COLOURS[deployment],
+        "linestyle": _STYLES[deployment],
+        "label": TITLES[deployment],
+    }
+
+
+def _span_s(cells: Sequence[Cell]) -> float:
+    """Return how many seconds are drawn over time: to the last answer, but at most a minute."""
+    records = cells[0].records[0]
+    arrivals_s = records[-1].intended_s - records[0].intended_s if records else 0.0
+    if arrivals_s >= _WINDOW_S:
+        return _WINDOW_S
+    begin = records[0].intended_s if records else 0.0
+    ends = [run.duration_s - begin for cell in cells for run in cell.runs[:1]]
+    return min(_WINDOW_S, max(ends))
 
 
 def _save(figure: Figure, folder: Path, name: str) -> str:

@@ -91,7 +91,8 @@ def instance_stages(role: str, readings: Sequence[tuple[Reading, Reading]]) -> l
     """Return the stages that instances of one role know, all of them together.
 
     vLLM's queue on the decode side includes the wait for KV cache, so the hand-over is
-    taken off it.
+    taken off it. What is left includes the prefill where the router sent the decode leg
+    before that had ended.
 
     Args:
         role: ``prefill`` or ``decode``.
