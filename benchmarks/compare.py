@@ -215,6 +215,7 @@ def _report(found: Findings, site: Site, output: Path, command: str, console: Co
     if capacities:
         environment["capacity"] = f"of {found.cells[0].deployment}, all at once: {capacities}"
     environment["command"] = command
+    console.print("writing the report")
     write_report(output, found.cells, environment, found.notes)
     console.print(f"the report is {output / 'report.md'}")
     return 0
@@ -230,7 +231,7 @@ def _options(args: argparse.Namespace) -> Options:
         rates=tuple(args.rate or ()),
         effort=Effort(
             seeds=args.seeds or (1 if quick else 2),
-            duration_s=args.duration or (60 if quick else 180),
+            duration_s=args.duration or (45 if quick else 180),
             at_once=args.at_once or (16 if quick else 64),
         ),
         output=args.output or site_options.default_output("compare"),
@@ -258,7 +259,7 @@ def _make_parser() -> Parser:
     )
     add("--rate", type=rate, action="append", metavar="R", help="req/s instead; repeatable")
     add("--seeds", type=positive, metavar="N", help="runs at each load [2, quick 1]")
-    add("--duration", type=site_options.seconds, metavar="S", help="of a run [180, quick 60]")
+    add("--duration", type=site_options.seconds, metavar="S", help="of a run [180, quick 45]")
     add("--at-once", type=positive, metavar="N", help="requests that come at once [64, quick 16]")
     add("--output", type=Path, metavar="DIR", help="[benchmarks/results/DATE-MACHINE/compare]")
     return parser

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -18,7 +19,7 @@ from vllm_pd.bench.verdict import Verdict
 
 _HEADER = (
     *("deployment", "req/s", "TTFT mean", "TTFT P99", "TPOT mean", "TPOT P99"),
-    *("ITL mean", "ITL P99", "max stall P99", "failed", "regime"),
+    *("ITL mean", "ITL P99", "max stall P99", "client lag P99", "failed", "regime"),
 )
 _EXPLANATION = (
     "Milliseconds, of the requests of all seeds that were due after the first tenth of a run, "
@@ -65,6 +66,11 @@ def _markdown(
         parts.append(f"## {workload}, {level.name}")
         parts.append(_about(group))
         parts.append(markdown_table(_HEADER, [_line(cell) for cell in group]))
+        parts += [
+            f"**{cell.deployment}: {cell.failed} requests failed: {_causes(cell)}.**"
+            for cell in group
+            if cell.failed
+        ]
         fought = [d for d in found if (d.ours.workload, d.ours.level) == (workload, level)]
         parts += [_sentence(duel) for duel in fought]
         if stages := _stages(group):
@@ -94,8 +100,15 @@ def _line(cell: Cell) -> list[str]:
     values = [cell.request_rate]
     for metric in ("ttft", "tpot", "itl"):
         values += [found[metric].mean, found[metric].p99]
-    values.append(found["stall"].p99)
+    values += [found["stall"].p99, max(figures.lag.p99 for figures in cell.figures)]
     return [cell.deployment, *map(number, values), str(cell.failed), cell.regime.value]
+
+
+def _causes(cell: Cell) -> str:
+    causes: Counter[str] = Counter()
+    for figures in cell.figures:
+        causes.update(figures.errors)
+    return "; ".join(f"{count} x {error}" for error, count in causes.most_common(3))
 
 
 def _sentence(duel: Duel) -> str:

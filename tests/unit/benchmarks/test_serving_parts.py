@@ -1,0 +1,115 @@
+"""Parts of the serving benchmark that need no server."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from benchmarks.serving import tables
+from benchmarks.serving.figures import Figures, as_data, make_figures, make_rows
+from benchmarks.serving.load import Load, Run, upstream_args
+from benchmarks.serving.progress import Progress
+from benchmarks.serving.target import Marks, Target, stages_between
+from tests.unit.bench.queue import record, serve
+from vllm_pd.bench.slo import Objectives
+from vllm_pd.bench.stages import Stage
+from vllm_pd.bench.workload import make_workload, shape_of
+
+TARGET = Target("http://h:1", "m", "/models/m", 4096)
+
+
+def figures(*, lost: int = 0, lag: float = 0.0, stages: tuple[Stage, ...] = ()) -> Figures:
+    records = [record(due=n / 10, lag=lag, ttft=0.05 + lag, gaps=[0.01] * 4) for n in range(300)]
+    records[:lost] = [record(due=n / 10, error="OSError: reset") for n in range(lost)]
+    run = Run(records, is_scheduled=True, duration_s=30.0)
+    return make_figures(run, Objectives(ttft_ms=100), stages)
+
+
+def test_throughput_counts_what_was_answered() -> None:
+    found = figures(lost=30)
+    assert found.request_rate == pytest.approx(9.0)
+    assert found.output_rate == pytest.approx(45.0)
+    assert found.total_rate == pytest.approx(135.0)
+    assert found.attainment is not None
+    assert found.attainment.value == pytest.approx(0.9)
+
+
+def test_good_run_has_no_warning() -> None:
+    assert figures().warnings == []
+
+
+def test_failures_are_said_with_their_causes() -> None:
+    (warning,) = figures(lost=15).warnings
+    assert warning.startswith("15 of 300 requests failed (5.0%): 15 x OSError: reset")
+
+
+def test_late_client_is_said() -> None:
+    (warning,) = figures(lag=0.02).warnings
+    assert "the client was late by 20 ms" in warning
+
+
+def test_unknown_schedule_is_said() -> None:
+    run = Run(serve([n / 10 for n in range(300)], 0.01), is_scheduled=False, duration_s=30.0)
+    assert any("not known when" in warning for warning in make_figures(run).warnings)
+
+
+def test_chunks_of_several_tokens_are_said() -> None:
+    records = [record(due=n / 10) for n in range(300)]
+    merged = [type(one)(one.intended_s, one.sent_s, one.first_s, (0.1,), 10, 8) for one in records]
+    found = make_figures(Run(merged, is_scheduled=True, duration_s=30.0))
+    assert any("4.00 tokens" in warning for warning in found.warnings)
+
+
+def test_rows_and_tables_have_the_seeds_figures_and_those_that_were_added() -> None:
+    found = figures(stages=(Stage("prefill leg", 12.0, 300, "router"),))
+    names = {row.figure for row in make_rows(found)}
+    assert {"duration", "request_throughput", "ttft_p99", "second_p50", "stall_p90"} <= names
+    assert {"steady_itl_p99", "slo_attainment", "client_lag_p99"} <= names
+    text = tables.markdown(found)
+    assert "| TTFT | 50.00 | 50.00 | 50.00 | 50.00 |" in text
+    assert "| prefill leg | router | 12.00 | 300 |" in text
+    assert len(tables.tables(found)) == 4
+    assert json.dumps(as_data(found), allow_nan=True)
+
+
+def test_users_arguments_come_after_ours_so_that_they_win(tmp_path: Path) -> None:
+    args = upstream_args(Load(TARGET, 5, ("--temperature", "0.7")), tmp_path)
+    assert args[-2:] == ["--temperature", "0.7"]
+    assert args[args.index("--num-prompts") + 1] == "5"
+
+
+def test_workload_is_given_to_upstream_as_a_timed_trace(tmp_path: Path) -> None:
+    made = make_workload("balanced", shape_of("balanced"), count=3, rate=1.0, seed=1)
+    args = upstream_args(Load(TARGET, 3, (), made), tmp_path)
+    assert args[args.index("--dataset-name") + 1] == "timed_trace"
+    lines = Path(args[args.index("--dataset-path") + 1]).read_text().splitlines()
+    assert len(lines) == 3
+
+
+def test_warm_up_asks_the_same_lengths_with_other_prompts() -> None:
+    made = make_workload("sharegpt", shape_of("sharegpt"), count=9, rate=1.0, seed=1)
+    warm_up = Load(TARGET, 9, (), made).for_warm_up(4)
+    assert warm_up.count == 4
+    assert warm_up.workload is not None
+    pairs = list(zip(made.requests, warm_up.workload.requests, strict=True))
+    assert all(one.prompt_len == other.prompt_len for one, other in pairs)
+    assert not any(set(one.chunk_ids) & set(other.chunk_ids) for one, other in pairs)
+    assert warm_up.args[-1] == "--no-self-timed"
+
+
+def test_service_without_metrics_has_no_stages() -> None:
+    assert stages_between(Marks({}, {}), Marks({}, {})) == []
+
+
+def test_progress_is_a_line_now_and_then_where_there_is_no_terminal() -> None:
+    out = io.StringIO()
+    times = iter([0.0, 1.0, 20.0, 21.0, math.inf])
+    tell = Progress(Console(file=out), [("measuring", 9)], clock=lambda: next(times))
+    for done in (1, 2, 3):
+        tell(0, done)
+    assert out.getvalue() == "measuring: 2 of 9 requests (20 s)\n"
