@@ -188,7 +188,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             comparison = Comparison(options, site, console)
             status = _run(comparison)
         command = shlex.join(["python", "benchmarks/compare.py", *argv])
-        return _report(comparison.found, site, options.output, command, console) or status
+        reported = _report(comparison.found, site, options.output, command, console)
+        return status or reported
     except (BenchError, ConfigError) as exc:
         sys.stderr.write(f"error: {exc}\n")
         return 1

@@ -213,7 +213,7 @@ def _search(subject: Subject, plan: Plan, found: Found, console: Console) -> Non
         cells, is_interrupted = measure_cells(
             subject, plan.workload, [level], plan.effort, console, plan.objectives
         )
-        if is_interrupted:
+        if is_interrupted:  # a part of a trial is none
             raise KeyboardInterrupt
         (cell,) = cells
         outcomes = [[plan.objectives.are_met_by(r) for r in run.records] for run in cell.runs]

@@ -68,7 +68,8 @@ def measure_cells(
     """Ask a deployment at some loads, each with every seed.
 
     Returns:
-        The loads that were measured, and whether the user ended it early.
+        The loads that were measured, and whether the user ended it early; then the last
+        run is not complete.
 
     Raises:
         BenchError: the load generator failed.
@@ -93,10 +94,10 @@ def measure_cells(
         between=lambda: marks.append(read_marks(subject.target.base_url)),
     )
     measured: dict[Level, list[tuple[Run, Figures]]] = {}
-    # An interrupted run has no reading after it, and is left out.
-    for (level, _), run, before, after in zip(asked, runs, marks, marks[1:], strict=False):
-        found = make_figures(run, objectives, stages_between(before, after))
-        measured.setdefault(level, []).append((run, found))
+    for number, ((level, _), run) in enumerate(zip(asked, runs, strict=False)):
+        around = marks[number : number + 2]  # of an interrupted run there is none behind
+        stages = stages_between(*around) if len(around) == 2 else []
+        measured.setdefault(level, []).append((run, make_figures(run, objectives, stages)))
     cells = [
         Cell(
             subject.name,

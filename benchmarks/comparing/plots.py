@@ -35,6 +35,9 @@ _MARKERS = {PD: "o", COLOCATED: "s", REPLICAS: "^", CHUNKED: "D", NIXL: "v"}
 _WINDOW_S = 60.0
 """Seconds of a run that are drawn over time."""
 
+_MANY_MARKS = 60.0
+"""Ratio of the ends of a logarithmic axis from which only powers of ten are marked."""
+
 _SETTINGS: Any = {
     "font.size": 9,
     "axes.titlesize": 10,
@@ -71,10 +74,13 @@ def draw_all(cells: Sequence[Cell], folder: Path) -> list[str]:
 def _distributions(cells: Sequence[Cell]) -> Figure:
     """Draw distribution functions, and what the one of ITL hides: how often gaps are long."""
     figure, (ttft, itl, tail) = _figure(1, 3, (11.5, 4.1))
+    floor = _floor(cells)
     for cell in cells:
         style = _style(cell.deployment)
         for axis, metric in ((ttft, "ttft"), (itl, "itl"), (tail, "itl")):
             values = np.sort(_pooled(cell, metric))
+            if metric == "itl":
+                values = np.maximum(values, floor)
             if values.size:
                 ranks = np.arange(values.size)
                 shares = 1 - ranks / values.size if axis is tail else (ranks + 1) / values.size
@@ -86,13 +92,13 @@ def _distributions(cells: Sequence[Cell]) -> Figure:
     itl.set_ylabel("part of gaps between tokens")
     tail.set_yscale("log")
     tail.axhline(0.01, color="0.5", linewidth=0.8)
-    tail.annotate("P99", (0.98, 0.011), xycoords=("axes fraction", "data"), ha="right", fontsize=8)
+    tail.annotate("P99", (0.01, 0.0105), xycoords=("axes fraction", "data"), fontsize=8)
     tail.set_ylabel("part of gaps that are at least so long")
     tail.set_xlabel("ITL, ms")
-    _plain_numbers(tail.yaxis)
+    _plain_numbers(tail.yaxis, tail.get_ylim())
     for axis in (ttft, itl, tail):
         axis.set_xscale("log")
-        _plain_numbers(axis.xaxis)
+        _plain_numbers(axis.xaxis, axis.get_xlim())
     _finish(figure, f"{cells[0].workload}, {cells[0].level.name}")
     return figure
 
@@ -100,6 +106,7 @@ def _distributions(cells: Sequence[Cell]) -> Figure:
 def _over_time(cells: Sequence[Cell]) -> Figure:
     """Draw one run of each deployment: every gap, and when requests came."""
     figure, axes = _figure(len(cells), 1, (9.5, 0.9 + 1.35 * len(cells)), sharex=True, sharey=True)
+    floor = _floor(cells)
     for axis, cell in zip(axes, cells, strict=True):
         begin = cell.records[0][0].intended_s if cell.records[0] else 0.0
         records = [r for r in cell.runs[0].records if begin <= r.intended_s <= begin + _WINDOW_S]
@@ -107,7 +114,7 @@ def _over_time(cells: Sequence[Cell]) -> Figure:
             axis.axvline(record.intended_s - begin, color="0.8", linewidth=0.6, zorder=0)
         answered = [record for record in records if record.is_ok and record.gaps_s]
         times = [record.first_s - begin + np.cumsum(record.gaps_s) for record in answered]
-        gaps = [1e3 * np.asarray(record.gaps_s) for record in answered]
+        gaps = [np.maximum(1e3 * np.asarray(record.gaps_s), floor) for record in answered]
         if times:
             axis.scatter(
                 np.concatenate(times),
@@ -123,7 +130,8 @@ def _over_time(cells: Sequence[Cell]) -> Figure:
         axis.set_ylabel("ITL, ms")
         axis.grid(visible=False, axis="x")
         axis.set_xlim(-0.5, _span_s(cells) + 0.5)
-        _plain_numbers(axis.yaxis)
+    for axis in axes:  # once all of them have their common limits
+        _plain_numbers(axis.yaxis, axis.get_ylim())
     axes[-1].set_xlabel("seconds; grey lines: requests come, with a prompt to prefill")
     figure.suptitle(f"Every gap between tokens: {cells[0].workload}, {cells[0].level.name}")
     figure.tight_layout()
@@ -153,10 +161,10 @@ def _curve(cells: Sequence[Cell]) -> Figure:
                     markerfacecolor=COLOURS[deployment] if is_steady else "white",
                 )
         axis.set_yscale("log")
-        axis.set_xlim(left=0)
+        axis.set_xlim(0, 1.08 * max(cell.request_rate for cell in cells))
         axis.set_xlabel("answered requests per second")
         axis.set_ylabel(f"{METRICS[metric]} {name}, ms")
-        _plain_numbers(axis.yaxis)
+        _plain_numbers(axis.yaxis, axis.get_ylim())
     _finish(figure, f"{cells[0].workload}; hollow marks: no steady state")
     return figure
 
@@ -180,11 +188,22 @@ def _finish(figure: Figure, title: str) -> None:
     figure.tight_layout(rect=(0, 0.02 + 0.055 * num_rows, 1, 1))
 
 
-def _plain_numbers(axis: Axis) -> None:
-    """Mark 1, 2 and 5 of each decade of a logarithmic axis, and write 100, not a power of ten."""
-    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=24))
+def _plain_numbers(axis: Axis, limits: tuple[float, float]) -> None:
+    """Mark a logarithmic axis by 100, not by a power of ten; also 20 and 50 if there is room."""
+    is_short = limits[1] < limits[0] * _MANY_MARKS
+    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if is_short else (1.0,), numticks=24))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.set_minor_formatter(NullFormatter())
+
+
+def _floor(cells: Sequence[Cell]) -> float:
+    """Return what the shortest gaps are drawn as, in milliseconds.
+
+    Tokens that come in one read have a gap of microseconds, which would leave the
+    others little room.
+    """
+    medians = [float(np.median(gaps)) for cell in cells if (gaps := _pooled(cell, "itl")).size]
+    return min(medians, default=1.0) / 5
 
 
 def _style(deployment: str) -> dict[str, Any]:

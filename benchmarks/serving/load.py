@@ -24,6 +24,8 @@ _STOP_TIMEOUT_S = 20.0
 _LAST_WORDS_LEN = 300
 _WARM_UP_CONCURRENCY = 4
 _INTERRUPTED = 130
+UNFINISHED = "interrupted"
+"""What the recorder calls requests that were under way when it was interrupted."""
 
 _QUIET = (
     *("--save-result", "--save-detailed", "--disable-tqdm"),
@@ -149,6 +151,9 @@ def _read_run(folder: Path) -> Run | None:
     schedule_file = folder / "schedule.json"
     schedule = json.loads(schedule_file.read_text()) if schedule_file.exists() else None
     records, is_scheduled = read_result(result, schedule)
+    records = [record for record in records if record.error != UNFINISHED]
+    if not records:
+        return None
     ends = [record.ended_s for record in records if record.is_ok]
     return Run(
         records=records,

@@ -20,6 +20,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import sys
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -32,7 +33,8 @@ from vllm.benchmarks import serve
 from vllm.benchmarks.lib.endpoint_request_func import ASYNC_REQUEST_FUNCS
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-_INTERRUPTED = "interrupted"
+_UNFINISHED = "interrupted"
+"""Error of requests that were under way then; ``load.UNFINISHED``, which imports less."""
 
 
 class Recorder:
@@ -73,7 +75,7 @@ class Recorder:
             "itls": [out.itl if out else [] for _, out, _ in rows],
             "input_lens": [out.prompt_len if out else asked.prompt_len for asked, out, _ in rows],
             "output_lens": [(out.output_tokens or 0) if out else 0 for _, out, _ in rows],
-            "errors": [out.error if out else _INTERRUPTED for _, out, _ in rows],
+            "errors": [out.error if out else _UNFINISHED for _, out, _ in rows],
         }
 
     def _recorded(self, get_request: Callable[..., AsyncIterator[Any]]) -> Callable[..., Any]:
@@ -146,6 +148,8 @@ def _put(module: ModuleType, name: str, value: Any) -> None:
 
 def main(argv: list[str]) -> int:
     """Make the runs; return the exit status."""
+    # It may be ignored here, as for what a script starts in the background.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     plan_file, progress_fd = argv
     recorder = Recorder(int(progress_fd))
     recorder.install()
