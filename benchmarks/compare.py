@@ -179,20 +179,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = _options(args)
     console = Console(highlight=False, markup=False, soft_wrap=True)
     signal.signal(signal.SIGTERM, interrupt)
+    command = shlex.join(["python", "benchmarks/compare.py", *argv])
     try:
-        site_options.make_output(options.output)
-        with tempfile.TemporaryDirectory(
-            prefix="vllm-pd-compare-", ignore_cleanup_errors=True
-        ) as name:
-            site = site_options.make_site(args, Path(name))
-            comparison = Comparison(options, site, console)
-            status = _run(comparison)
-        command = shlex.join(["python", "benchmarks/compare.py", *argv])
-        reported = _report(comparison.found, site, options.output, command, console)
-        return status or reported
+        return _compare(args, options, command, console)
     except (BenchError, ConfigError) as exc:
         sys.stderr.write(f"error: {exc}\n")
         return 1
+
+
+def _compare(args: argparse.Namespace, options: Options, command: str, console: Console) -> int:
+    site_options.make_output(options.output)
+    with tempfile.TemporaryDirectory(prefix="vllm-pd-compare-", ignore_cleanup_errors=True) as name:
+        site = site_options.make_site(args, Path(name))
+        comparison = Comparison(options, site, console)
+        status = _run(comparison)
+    reported = _report(comparison.found, site, options.output, command, console)
+    return status or reported
 
 
 def _run(comparison: Comparison) -> int:
