@@ -13,6 +13,7 @@ from benchmarks.comparing.cells import Cell, Duel, cell_rows, duel_rows, duels
 from benchmarks.comparing.deployments import PD, TITLES
 from benchmarks.comparing.plots import draw_all
 from benchmarks.reporting import Report, markdown_table, number, write
+from benchmarks.serving.figures import LATE_MS
 from vllm_pd.bench.records import METRICS, pooled
 from vllm_pd.bench.stats import summarize
 from vllm_pd.bench.verdict import Verdict
@@ -70,6 +71,12 @@ def _markdown(
             f"**{cell.deployment}: {cell.failed} requests failed: {_causes(cell)}.**"
             for cell in group
             if cell.failed
+        ]
+        parts += [
+            f"**{cell.deployment}: the client was late by {number(lag)} ms at P99, which is part "
+            "of what was measured.**"
+            for cell in group
+            if (lag := max(figures.lag.p99 for figures in cell.figures)) > LATE_MS
         ]
         fought = [d for d in found if (d.ours.workload, d.ours.level) == (workload, level)]
         parts += [_sentence(duel) for duel in fought]
