@@ -11,7 +11,20 @@ from dataclasses import dataclass
 from prometheus_client.parser import text_string_to_metric_families
 
 _ROUTER = "vllm_pd:router_"
-_PATH = {"path": "disaggregated"}
+_PREFILL_LEG, _TOTAL = "prefill leg", "to first bytes, in all"
+_REST = "hand-over, decode queue and first step"
+_LEGS: Mapping[str, tuple[str, Mapping[str, str]]] = {
+    "queue for prefill": ("queue_seconds", {"stage": "prefill"}),
+    _PREFILL_LEG: ("prefill_seconds", {}),
+    "queue for decode": ("queue_seconds", {"stage": "decode"}),
+}
+_WITHIN_REST: Mapping[str, tuple[str, Mapping[str, str]]] = {
+    "of it: decode leg of a stream, to its first bytes": ("decode_start_seconds", {}),
+    "of it: hand-over, where the engine tells": ("kv_handover_seconds", {}),
+    "of it: decode queue, where the engine tells": ("decode_queue_seconds", {}),
+}
+"""Metrics of a router, with labels, by what they time."""
+
 _INSTANCE_UP = f"{_ROUTER}instance_up"
 
 
@@ -64,27 +77,26 @@ def router_stages(before: Reading, after: Reading) -> list[Stage]:
     """Return the stages that a router knows, of requests that were disaggregated.
 
     What follows the prefill leg is known to it as one: the hand-over, the queue of the
-    decode instance and its first step.
+    decode instance and its first step. Parts of that are known of some requests.
     """
-    timed = [
-        ("queue for prefill", f"{_ROUTER}queue_seconds", {"stage": "prefill"}),
-        ("prefill leg", f"{_ROUTER}prefill_seconds", {}),
-        ("queue for decode", f"{_ROUTER}queue_seconds", {"stage": "decode"}),
-        ("to first bytes, in all", f"{_ROUTER}first_bytes_seconds", _PATH),
-    ]
-    stages = {
-        name: stage
-        for name, metric, labels in timed
-        if (stage := _stage("router", name, metric, labels, (before, after)))
-    }
-    total = stages.pop("to first bytes, in all", None)
-    if total is None or "prefill leg" not in stages:
-        return [*stages.values(), *([total] if total else [])]
-    known = sum(stage.mean_ms for stage in stages.values())
-    rest = Stage(
-        "hand-over, decode queue and first step", total.mean_ms - known, total.count, "router"
+    both = before, after
+    found = _named(both, _LEGS)
+    total = _named(both, {_TOTAL: ("first_bytes_seconds", {"path": "disaggregated"})})
+    if total and any(stage.name == _PREFILL_LEG for stage in found):
+        known = sum(stage.mean_ms for stage in found)
+        found.append(Stage(_REST, total[0].mean_ms - known, total[0].count, "router"))
+    return [*found, *_named(both, _WITHIN_REST), *total]
+
+
+def _named(
+    readings: tuple[Reading, Reading], metrics: Mapping[str, tuple[str, Mapping[str, str]]]
+) -> list[Stage]:
+    """Return those of a router's stages that were timed."""
+    stages = (
+        _stage("router", name, _ROUTER + metric, labels, readings)
+        for name, (metric, labels) in metrics.items()
     )
-    return [*stages.values(), rest, total]
+    return [stage for stage in stages if stage is not None]
 
 
 def instance_stages(role: str, readings: Sequence[tuple[Reading, Reading]]) -> list[Stage]:

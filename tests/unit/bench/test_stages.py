@@ -11,6 +11,7 @@ from vllm_pd.bench.stages import (
     parse_metrics,
     router_stages,
 )
+from vllm_pd.config import Role
 from vllm_pd.router.instances import InstancePool
 from vllm_pd.router.metrics import Metrics, Outcome
 
@@ -27,13 +28,13 @@ class Clocked:
         self._pool = InstancePool(urls[:1], urls[1:], probe=is_there, health_interval_s=3600.0)
 
     def serve(self, prefill_s: float, queued_s: float) -> None:
-        self._metrics.queue_seconds.labels("prefill").observe(queued_s)
-        self._metrics.queue_seconds.labels("decode").observe(0.0)
-        self._metrics.prefill_seconds.observe(prefill_s)
-        outcome = Outcome(path="disaggregated")
-        self._metrics.note_first_bytes(outcome)
+        self._metrics.note_queue(Role.PREFILL, queued_s)
+        self._metrics.note_queue(Role.DECODE, 0.0)
+        self._metrics.note_prefill(prefill_s)
+        self._metrics.note_decode_start(0.05)
+        self._metrics.note_first_bytes(Outcome(path="disaggregated"), streamed=True)
 
-    def read(self) -> Reading:
+    async def read(self) -> Reading:
         return parse_metrics(self._metrics.render(self._pool).decode())
 
 
@@ -51,35 +52,37 @@ def engine_reading(**seconds: list[float]) -> Reading:
     return parse_metrics(generate_latest(registry).decode())
 
 
-def test_stages_are_means_of_what_was_added_meanwhile() -> None:
+async def test_stages_are_means_of_what_was_added_meanwhile() -> None:
     router = Clocked("http://p", "http://d")
     router.serve(prefill_s=50.0, queued_s=0.0)
-    before = router.read()
+    before = await router.read()
     router.serve(prefill_s=0.2, queued_s=0.1)
     router.serve(prefill_s=0.4, queued_s=0.1)
-    stages = router_stages(before, router.read())
+    stages = router_stages(before, await router.read())
     assert stage(stages, "prefill leg").mean_ms == pytest.approx(300.0)
     assert stage(stages, "prefill leg").count == 2
     assert stage(stages, "queue for prefill").mean_ms == pytest.approx(100.0)
+    start = stage(stages, "of it: decode leg of a stream, to its first bytes")
+    assert start.mean_ms == pytest.approx(50.0)
 
 
-def test_what_the_router_cannot_tell_apart_is_the_rest() -> None:
+async def test_what_the_router_cannot_tell_apart_is_the_rest() -> None:
     router = Clocked("http://p", "http://d")
-    before = router.read()
+    before = await router.read()
     router.serve(prefill_s=0.0, queued_s=0.0)
-    stages = router_stages(before, router.read())
+    stages = router_stages(before, await router.read())
     total = stage(stages, "to first bytes, in all").mean_ms
     rest = stage(stages, "hand-over, decode queue and first step").mean_ms
     assert rest == pytest.approx(total)
 
 
-def test_idle_router_has_no_stages() -> None:
+async def test_idle_router_has_no_stages() -> None:
     router = Clocked("http://p", "http://d")
-    assert router_stages(router.read(), router.read()) == []
+    assert router_stages(await router.read(), await router.read()) == []
 
 
-def test_router_names_its_instances() -> None:
-    found = instances(Clocked("http://p", "http://d", "http://e").read())
+async def test_router_names_its_instances() -> None:
+    found = instances(await Clocked("http://p", "http://d", "http://e").read())
     assert found == {"prefill": ["http://p"], "decode": ["http://d", "http://e"]}
 
 
