@@ -95,7 +95,7 @@ def _two(site: Site, name: str = REPLICAS, *args: str) -> Iterator[str]:
             stack.enter_context(_instance(site, f"{name}-{number}", devices, *args))
             for number, devices in enumerate(site.halves)
         ]
-        yield stack.enter_context(_routed(site, name, [], urls))
+        yield stack.enter_context(routed(site, name, [], urls))
 
 
 def _chunked(site: Site) -> contextlib.AbstractContextManager[str]:
@@ -117,7 +117,7 @@ def _nixl(site: Site) -> Iterator[str]:
             urls.append(
                 stack.enter_context(_instance(site, f"{NIXL}-{role}", devices, *args, env=env))
             )
-        yield stack.enter_context(_routed(site, NIXL, urls[:1], urls[1:]))
+        yield stack.enter_context(routed(site, NIXL, urls[:1], urls[1:]))
 
 
 _DEPLOYMENTS: Mapping[str, Callable[[Site], contextlib.AbstractContextManager[str]]] = {
@@ -180,7 +180,7 @@ def _instance(
 
 
 @contextlib.contextmanager
-def _routed(site: Site, name: str, prefill: Sequence[str], decode: Sequence[str]) -> Iterator[str]:
+def routed(site: Site, name: str, prefill: Sequence[str], decode: Sequence[str]) -> Iterator[str]:
     """Run the router; without prefill instances it balances the load of the others."""
     (port,) = free_ports(1)
     # A file may leave prefill instances for later, which options may not.

@@ -75,7 +75,11 @@ def _app(behaviour: Behaviour) -> web.Application:
             is_lost = behaviour.lose_every and number % behaviour.lose_every == 0
             return await _stream(request, body, behaviour, is_lost=bool(is_lost))
 
+    async def health(_request: web.Request) -> web.Response:
+        return web.Response()
+
     app = web.Application()
+    app.router.add_get("/health", health)
     app.router.add_get("/v1/models", models)
     app.router.add_post("/v1/completions", complete)
     return app

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -12,10 +15,11 @@ import pytest
 from benchmarks import compare
 from benchmarks.comparing import options
 from benchmarks.comparing.cells import Cell, Level, duels
-from benchmarks.comparing.deployments import PD, REPLICAS, Site, device_env, topology
+from benchmarks.comparing.deployments import PD, REPLICAS, Site, device_env, routed, topology
 from benchmarks.comparing.plots import draw_all
 from benchmarks.comparing.report import write_report
 from benchmarks.transfer.pair import BenchError
+from tests.unit.benchmarks.openai_server import Behaviour, serving
 from tests.unit.benchmarks.synthetic import cell
 from vllm_pd.bench.verdict import Verdict
 from vllm_pd.config import Topology, from_mapping
@@ -106,6 +110,30 @@ def test_cores_are_threads_of_one_rank() -> None:
     env = device_env(site(), ("0", "1"), 2)
     assert env["VLLM_CPU_OMP_THREADS_BIND"] == "0-1"
     assert env["VLLM_CPU_KVCACHE_SPACE"] == "2"
+
+
+@pytest.mark.slow
+def test_router_serves_two_instances_without_any_to_prefill(tmp_path: Path) -> None:
+    behaviours = Behaviour(first_s=0.3), Behaviour(first_s=0.3)
+    here = replace(site(), folder=tmp_path)
+    with (
+        serving(behaviours[0]) as one,
+        serving(behaviours[1]) as other,
+        routed(here, REPLICAS, [], [one, other]) as url,
+        ThreadPoolExecutor(4) as pool,
+    ):
+        bodies = [{"model": "m", "prompt": [1] * 5, "max_tokens": 2, "stream": True}] * 4
+        answers = list(pool.map(lambda body: post(f"{url}/v1/completions", body), bodies))
+    assert all(answer.endswith("data: [DONE]\n\n") for answer in answers)
+    assert [len(behaviour.prompts) for behaviour in behaviours] == [2, 2]
+
+
+def post(url: str, body: dict[str, object]) -> str:
+    headers = {"Content-Type": "application/json"}
+    request = urllib.request.Request(url, json.dumps(body).encode(), headers)
+    with urllib.request.urlopen(request, timeout=60) as response:
+        text: str = response.read().decode()
+        return text
 
 
 def test_devices_are_given_by_the_variable_of_their_kind() -> None:
