@@ -50,6 +50,7 @@ def error_of(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
 
 
 @pytest.mark.vllm
+@pytest.mark.timeout(300)
 @pytest.mark.slow
 def test_steady_service_is_measured_as_it_is(tmp_path: Path) -> None:
     behaviour = Behaviour(first_s=0.05, gap_s=0.01)
@@ -67,6 +68,7 @@ def test_steady_service_is_measured_as_it_is(tmp_path: Path) -> None:
 
 
 @pytest.mark.vllm
+@pytest.mark.timeout(300)
 @pytest.mark.slow
 def test_service_that_cannot_keep_up_is_said_to_be_in_no_steady_state(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -82,6 +84,7 @@ def test_service_that_cannot_keep_up_is_said_to_be_in_no_steady_state(
 
 
 @pytest.mark.vllm
+@pytest.mark.timeout(300)
 @pytest.mark.slow
 def test_lost_requests_are_counted_against_the_service(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -96,6 +99,7 @@ def test_lost_requests_are_counted_against_the_service(
 
 
 @pytest.mark.vllm
+@pytest.mark.timeout(300)
 @pytest.mark.slow
 def test_datasets_of_upstream_pass_through_with_their_arrivals_known(
     server: str, tmp_path: Path
@@ -110,6 +114,7 @@ def test_datasets_of_upstream_pass_through_with_their_arrivals_known(
 
 
 @pytest.mark.vllm
+@pytest.mark.timeout(300)
 @pytest.mark.slow
 def test_interrupted_run_writes_what_it_has_and_leaves_no_process(tmp_path: Path) -> None:
     json_file = tmp_path / "x.json"
