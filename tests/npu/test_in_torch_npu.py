@@ -65,6 +65,7 @@ def test_passes_on_the_double(npu_python: str, cann: Path, site: Path, path: Pat
         cwd=ROOT,
         env=environment(
             cann,
+            TASK_QUEUE_ENABLE="1",  # as in the image
             HCCL_CONNECT_TIMEOUT="0",
             FAKE_CANN_TIME_SCALE=TIME_SCALE,
             PYTHONPATH=f"{ROOT}:{site}",
