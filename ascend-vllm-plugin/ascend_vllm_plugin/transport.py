@@ -24,13 +24,13 @@ from pathlib import Path
 import msgspec
 
 from ascend_vllm_plugin.backend import Backend, EngineDevice, HcclError
-from ascend_vllm_plugin.blocks import Planner
 from ascend_vllm_plugin.engine import Engine, Job
-from ascend_vllm_plugin.jobs import Load, RecvJob, Sample, SampleJob, SendJob, Tools
+from ascend_vllm_plugin.jobs import Tools
+from ascend_vllm_plugin.moves import Mover
 from ascend_vllm_plugin.opening import open_backend, open_npu
 from ascend_vllm_plugin.pairs import Local, Pair, Pairs
 from ascend_vllm_plugin.settings import Settings, settings_from
-from ascend_vllm_plugin.transfers import Buffers, Transfer, covers, sample_of, view_of
+from ascend_vllm_plugin.transfers import Buffers, Transfer, view_of
 from ascend_vllm_plugin.wire import (
     Abandoned,
     Address,
@@ -51,7 +51,6 @@ from ascend_vllm_plugin.wire import (
     parse_address,
     why_not,
 )
-from vllm_pd.config import Digests
 from vllm_pd.errors import (
     DigestMismatchError,
     PeerLostError,
@@ -61,8 +60,8 @@ from vllm_pd.errors import (
 )
 from vllm_pd.transport import inet
 from vllm_pd.transport.base import KVRegion, TransferOutcome, TransportOptions
-from vllm_pd.transport.chunks import Piece, plan_chunks, slice_len
-from vllm_pd.transport.digests import choose_pieces, digest_of
+from vllm_pd.transport.chunks import plan_chunks
+from vllm_pd.transport.digests import digest_of
 from vllm_pd.transport.host import HostTransport
 from vllm_pd.transport.ledger import Posted
 from vllm_pd.transport.links import Direction, Endpoint, LinkEvent, LinkPool
@@ -135,17 +134,17 @@ class HcclTransport(HostTransport):
 
     def register_regions(self, regions: Sequence[KVRegion]) -> None:  # noqa: D102
         self._regions = tuple(regions)
-        self._buffer_len = max(CHUNK_LEN, *(region.block_len for region in regions))
         try:
             device = self._open_device(self._regions)
             backend = self._make_backend(self._settings, self._options.host)
-            self._planner = Planner(self._regions, device)
-            buffers = [device.allocate_device(self._buffer_len) for _ in range(2 * NUM_BUFFERS)]
+            self._mover = Mover(self._regions, device, self._settings, self._options, CHUNK_LEN)
+            buffers = [
+                device.allocate_device(self._mover.buffer_len) for _ in range(2 * NUM_BUFFERS)
+            ]
             warm = device.allocate_device(_WARM_LEN)
             after = device.mark()
         except (HcclError, RuntimeError) as exc:
             raise TransportUnavailableError(f"hccl: {_first_line(exc)}") from exc
-        self._device = device
         self._buffers = {
             Direction.SENDING: Buffers(buffers[:NUM_BUFFERS]),
             Direction.RECEIVING: Buffers(buffers[NUM_BUFFERS:]),
@@ -349,18 +348,10 @@ class HcclTransport(HostTransport):
         if not self._take_buffer(transfer):
             return
         del wants[posted.transfer_id]
-        slice_lens = [slice_len(region, posted.heads) for region in self._regions]
-        pieces: tuple[Piece, ...] = ()
-        if posted.digests is Digests.SAMPLED:
-            pieces = tuple(choose_pieces(posted.digests, slice_lens, len(posted.block_ids)))
-        self._set_portions(transfer, posted.digests, pieces)
-        go = Go(transfer_id=posted.transfer_id, digests=posted.digests, pieces=pieces)
-        assert pair.channel is not None
-        job = SendJob(
-            lambda error: self._end_job(transfer, error),
-            pair.channel,
-            self._load(transfer),
-            sample=self._sample(transfer),
+        go = self._mover.vouch(transfer)
+        job = self._mover.send_job(
+            transfer,
+            on_done=lambda error: self._end_job(transfer, error),
             on_issued=lambda: self._post_frame(pair, go),
         )
         self._put(transfer, job)
@@ -369,43 +360,9 @@ class HcclTransport(HostTransport):
         """Consumer: the sending is issued, so receive it whatever happens here."""
         if not transfer.is_asked or transfer.job is not None or transfer.is_moved:
             raise RemoteProtocolError(f"Go of transfer {go.transfer_id}")
-        pair = transfer.pair
-        self._set_portions(transfer, go.digests, go.pieces)
-        transfer.is_covered = covers(transfer.posted.digests, go.digests, len(transfer.portions))
-        assert pair.channel is not None
-        job = RecvJob(
-            lambda error: self._end_job(transfer, error),
-            pair.channel,
-            self._load(transfer),
-            sample=self._sample(transfer),
-            device=self._device,
-            on_received=self._options.on_received,
-        )
+        self._mover.take_go(transfer, go)
+        job = self._mover.recv_job(transfer, on_done=lambda error: self._end_job(transfer, error))
         self._put(transfer, job)
-
-    def _set_portions(self, transfer: Transfer, digests: Digests, pieces: Sequence[Piece]) -> None:
-        if digests is Digests.ALWAYS:
-            transfer.portions = transfer.chunks
-        else:
-            transfer.portions = sample_of(pieces, self._regions, transfer.posted, self._buffer_len)
-
-    def _load(self, transfer: Transfer) -> Load:
-        posted = transfer.posted
-        assert transfer.buffer is not None
-        plan = self._planner.plan(transfer.chunks, posted.block_ids, posted.heads)
-        lens = tuple(chunk.num_bytes for chunk in transfer.chunks)
-        return Load(plan, lens, transfer.buffer, self._settings.exec_timeout_s)
-
-    def _sample(self, transfer: Transfer) -> Sample | None:
-        """Return the next portion to hash; None if there is none."""
-        index = len(transfer.digests)
-        if index == len(transfer.portions):
-            return None
-        portion = transfer.portions[index]
-        posted = transfer.posted
-        plan = self._planner.plan([portion], posted.block_ids, posted.heads)
-        transfer.host = self._device.allocate_host(portion.num_bytes)
-        return Sample(plan, 0, transfer.host)
 
     def _put(self, transfer: Transfer, job: Job) -> None:
         assert self._engine is not None
@@ -414,7 +371,17 @@ class HcclTransport(HostTransport):
 
     def _end_job(self, transfer: Transfer, error: str | None) -> None:
         """Go on after the engine's thread has done something for a transfer."""
-        posted, pair = transfer.posted, transfer.pair
+        posted = transfer.posted
+        try:
+            self._go_on(transfer, error)
+        except Exception as exc:
+            # As in HostTransport.poll: a bug, or memory that is not to be had, costs one peer.
+            logger.exception("hccl: transfer %d of %s", posted.transfer_id, posted.peer_id)
+            self._lose(posted.peer_id, posted.direction, f"internal error: {exc!r}")
+            self._ledger.end(posted)
+
+    def _go_on(self, transfer: Transfer, error: str | None) -> None:
+        posted = transfer.posted
         transfer.job, posted.is_busy = None, False
         transfer.is_moved = True
         if error is not None and posted.error is None:
@@ -425,12 +392,8 @@ class HcclTransport(HostTransport):
             return
         if transfer.host is not None:
             self._hash(transfer)
-        if (sample := self._sample(transfer)) is not None:
-            assert pair.channel is not None
-            assert transfer.buffer is not None
-            job = SampleJob(
-                lambda error: self._end_job(transfer, error), pair.channel, sample, transfer.buffer
-            )
+        job = self._mover.sample_job(transfer, on_done=lambda error: self._end_job(transfer, error))
+        if job is not None:
             self._put(transfer, job)
             return
         self._give_back(transfer)
@@ -457,7 +420,7 @@ class HcclTransport(HostTransport):
 
     def _take_vouch(self, transfer: Transfer, vouch: Vouch) -> None:
         """Consumer: keep a digest of the producer's."""
-        if vouch.portion != len(transfer.vouched):
+        if vouch.portion != len(transfer.vouched) or vouch.portion >= len(transfer.portions):
             raise RemoteProtocolError(f"digest of portion {vouch.portion}")
         transfer.vouched[vouch.portion] = vouch.digest
         self._finish_receiving(transfer)

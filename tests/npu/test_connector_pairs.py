@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import msgspec
 import pytest
+import torch
 
 from tests.npu.engines import (
     CONFIG,
@@ -141,3 +142,16 @@ def test_transfers_of_several_requests_at_once_arrive(make: Make) -> None:
         reported |= consumer.finished(0)[1]
     blocks = range(num)
     consumer.check_caches(replace_blocks(consumer, [6 - i for i in blocks], producer, blocks))
+
+
+def test_graph_is_captured_undisturbed_while_nothing_is_fetched(make: Make) -> None:
+    """Other threads' work on a device that captures is refused, and ends the capture."""
+    producer = make("p", (0,), GQA, config=AUTO)
+    consumer = make("d", (1,), GQA, first=10**6, config=AUTO)
+    memory = torch.zeros(1024, dtype=torch.uint8, device="npu:1")
+    torch.npu.set_device(1)  # type: ignore[attr-defined]
+    for _ in range(20):
+        with torch.npu.graph(torch.npu.NPUGraph()):  # type: ignore[attr-defined]
+            memory.fill_(1)
+    fetch_everywhere(producer, consumer)
+    assert transports_used(consumer) == {"hccl"}

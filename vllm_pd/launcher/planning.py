@@ -181,10 +181,14 @@ def _with_npu_env(
     environ: Mapping[str, str],
 ) -> list[ProcessSpec]:
     """Refuse NPUs that cannot be used, and give each instance its own addresses and ports."""
-    if machine.npus:
-        wanted = [d for spec in instances for d in spec.env[VISIBLE_DEVICES["npu"]].split(",")]
-        if found := complaints(machine.npus, wanted):
-            raise ConfigError("; ".join(found))
+    wanted = [d for spec in instances for d in spec.env[VISIBLE_DEVICES["npu"]].split(",")]
+    if twice := sorted({device for device in wanted if wanted.count(device) > 1}):
+        raise ConfigError(
+            f"NPU {', '.join(twice)} is given to two instances, and HCCL has one rank per device",
+            hint="name each NPU in one group only",
+        )
+    if machine.npus and (found := complaints(machine.npus, wanted)):
+        raise ConfigError("; ".join(found))
     network = machine.network
     if not topology.connector.is_loopback:
         host_ip = topology.connector.side_channel_host

@@ -118,6 +118,17 @@ def test_npu_instances_of_several_hosts_use_the_address_that_peers_know() -> Non
     assert (spec.env["HCCL_IF_IP"], spec.env["HCCL_SOCKET_IFNAME"]) == ("10.0.0.7", "enp1s0")
 
 
+def test_npu_for_two_instances_is_refused() -> None:
+    group = InstanceGroup(tp=2, devices=(2, 3))
+    with pytest.raises(ConfigError, match="NPU 2, 3 is given to two instances"):
+        plan_of(Topology(prefill=group, decode=group), NPU)
+
+
+def test_more_npus_than_there_are_is_refused() -> None:
+    with pytest.raises(ConfigError, match="needs 16 NPUs, 8 found"):
+        plan_of(Topology(prefill=InstanceGroup(tp=8), decode=InstanceGroup(tp=8)), NPU)
+
+
 def test_npu_in_use_is_refused() -> None:
     busy = Npu(5, 5, 0, "910B3", "OK", 30720, 65536, (NpuProcess(4711, "python", 30720),))
     idle = [Npu(index, index, 0, "910B3", "OK", 0, 65536) for index in range(5)]
