@@ -78,8 +78,10 @@ def test_workers_that_hccl_cannot_link_use_tcp_from_the_next_request_on(
     expect_recompute(consumer, "decode-a", {5, 6})
     fetch_everywhere(producer, consumer, "b")
     assert transports_used(consumer) == {"hccl", "tcp"}
-    mode, reason = consumer.workers[0].transport_info()["hccl"]
-    assert (mode, "TCP_CONNECT" in reason, "HCCL_IF_IP" in reason) == ("ctypes", True, True)
+    info = [engine.workers[0].transport_info()["hccl"] for engine in (producer, consumer)]
+    assert all(mode == "ctypes" and reason for mode, reason in info)
+    # One side may see only that the other one has given up.
+    assert any("TCP_CONNECT" in reason and "HCCL_IF_IP" in reason for _, reason in info)
     assert caplog.text.count("hccl is not used with worker") == 2  # once on each side
 
 
