@@ -396,6 +396,10 @@ async def _errors_like_vllm(request: web.Request, handler: Handler) -> web.Strea
         record = Record.of(request)
         record.error = "the router failed; its log has a traceback"
         logger.exception("%s %s failed (%s)", request.method, request.path, record.request_id)
+        if record.is_answered:  # a second answer would be read as a part of the first
+            if request.transport is not None:
+                request.transport.abort()
+            raise asyncio.CancelledError from None
         return error_response(500, "Internal Server Error")
 
 

@@ -166,18 +166,33 @@ class DecodeLegs:
         call.outcome.code = answer.status
         response = web.StreamResponse(status=answer.status, headers=_headers(call, answer))
         await response.prepare(call.request)
-        failure = await self._stream(
-            call, answer, response, SseReader(details, can_abort=_can_abort(call))
-        )
+        reader = SseReader(details, can_abort=_can_abort(call))
+        try:
+            failure = await self._stream(call, answer, response, reader)
+        except ConnectionResetError:
+            raise  # the client has left
+        except Exception:
+            # A bug costs this stream, and not what the client sends next on its connection.
+            logger.exception("stream of %s failed", call.request_id)
+            call.record.error = "the router failed; its log has a traceback"
+            await self._end_broken(call, response, 500, "Internal Server Error.")
+            return response
         if failure is not None:
             _warn(call, opened.instance, failure)
             opened.failed(failure)
-            call.outcome.code, message = failure_of(failure)
             call.record.error = f"the stream broke: {describe(failure)}"
-            event = error_event(call.outcome.code, f"{message} {_INCOMPLETE}")
-            await self._write(call, response, event)
+            await self._end_broken(call, response, *failure_of(failure))
+            return response
         await response.write_eof()
         return response
+
+    async def _end_broken(
+        self, call: Call, response: web.StreamResponse, code: int, message: str
+    ) -> None:
+        """End a stream that lacks its end by an event that says so."""
+        call.outcome.code = code
+        await self._write(call, response, error_event(code, f"{message} {_INCOMPLETE}"))
+        await response.write_eof()
 
     async def _stream(
         self, call: Call, answer: Answer, response: web.StreamResponse, reader: SseReader

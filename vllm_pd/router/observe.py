@@ -57,4 +57,6 @@ async def _recorded(request: web.Request, handler: Handler) -> web.StreamRespons
 
 async def _name(request: web.Request, response: web.StreamResponse) -> None:
     # Of one that aiohttp refuses before any middleware, this is the beginning.
-    response.headers[REQUEST_ID] = Record.of(request).request_id
+    record = Record.of(request)
+    record.is_answered = True
+    response.headers[REQUEST_ID] = record.request_id

@@ -65,6 +65,7 @@ class Record:
         cached_tokens: likewise, of these.
         completion_tokens: likewise.
         error: what went wrong, in words of the router; None: nothing.
+        is_answered: whether the headers of the answer are on their way to the client.
     """
 
     request_id: str
@@ -87,6 +88,7 @@ class Record:
     cached_tokens: int | None = None
     completion_tokens: int | None = None
     error: str | None = None
+    is_answered: bool = False
     tail: deque[bytes] | None = None
     prefill_reply: bytes | None = None
 

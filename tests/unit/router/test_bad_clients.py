@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator
+from unittest.mock import Mock
 
 import aiohttp
 import pytest
@@ -12,6 +13,7 @@ from aiohttp.test_utils import unused_port
 
 from tests.unit.router.fakes import FakeInstance, Streams, config_for
 from vllm_pd.router.app import serve
+from vllm_pd.router.decode import Opened
 
 BODY = json.dumps({"model": "m", "prompt": "a", "max_tokens": 4}).encode()
 POST = b"POST /v1/completions HTTP/1.1\r\nHost: r\r\nContent-Type: application/json\r\n"
@@ -148,7 +150,7 @@ async def test_a_client_that_says_nothing_is_not_waited_for(
 async def test_a_stream_is_not_taken_for_a_silent_client(prefill: FakeInstance) -> None:
     streams = Streams([b"data: 1\n\n"], wait=True, more=[b"data: [DONE]\n\n"])
     async with FakeInstance(streams) as decode:
-        async for port in served([prefill], [decode], client_timeout_s=0.01):
+        async for port in served([prefill], [decode], client_timeout_s=0.2):
             reader, writer = await asyncio.open_connection("127.0.0.1", port)
             writer.write(WHOLE)
             await reader.readuntil(b"data: 1\n\n")
@@ -157,3 +159,14 @@ async def test_a_stream_is_not_taken_for_a_silent_client(prefill: FakeInstance) 
             streams.go_on.set()
             assert (await reader.read()).count(b"data: [DONE]") == 1
             writer.close()
+
+
+async def test_no_second_answer_follows_one_that_has_begun(
+    prefill: FakeInstance, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Opened, "__exit__", Mock(side_effect=RuntimeError("bug")))
+    async with FakeInstance(Streams([b"data: [DONE]\n\n"])) as decode:
+        async for port in served([prefill], [decode]):
+            answer = await send(port, WHOLE.replace(b"Connection: close\r\n", b""))
+
+            assert answer.count(b"HTTP/1.1") == 1

@@ -2,11 +2,13 @@ from __future__ import annotations
 
 import json
 from typing import TYPE_CHECKING
+from unittest.mock import Mock
 
 from aiohttp import web
 
 from tests.unit.router.conftest import StartInstance, StartRouter
 from tests.unit.router.fakes import FakeInstance, Streams, completes
+from vllm_pd.router.sse import SseReader
 
 if TYPE_CHECKING:
     import pytest
@@ -145,3 +147,22 @@ async def test_a_client_that_leaves_ends_the_stream(
         response.close()
 
     await decode.cancelled.wait()
+
+
+async def test_a_bug_in_the_middle_of_a_stream_ends_it_with_an_error_event(
+    start_router: StartRouter,
+    start_instance: StartInstance,
+    prefill: FakeInstance,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    decode = await start_instance(Streams([b"data: 1\n\n", DONE]))
+    router = await start_router([prefill], [decode])
+    monkeypatch.setattr(SseReader, "feed", Mock(side_effect=RuntimeError("bug")))
+
+    async with router.post(CHAT, json=BODY) as response:
+        stream = await response.read()
+
+    assert json.loads(stream.strip().removeprefix(b"data: "))["error"]["code"] == 500
+    monkeypatch.undo()
+    async with router.post(CHAT, json=BODY) as response:
+        assert await response.read() == b"data: 1\n\n" + DONE
