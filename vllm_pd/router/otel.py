@@ -88,7 +88,7 @@ class OtelSpan(Span):
     def note(self, attributes: Attributes) -> None:
         """Add attributes."""
         if not self._ended:
-            self._span.set_attributes(attributes)
+            self._span.set_attributes({name: _text(value) for name, value in attributes.items()})
 
     def answered(self, status: int) -> None:
         """Take note that an instance has begun to answer."""
@@ -175,3 +175,8 @@ def _exporter(endpoint: str) -> SpanExporter:
         f"OTEL_EXPORTER_OTLP_TRACES_PROTOCOL: {protocol!r} is not supported",
         hint='use "grpc" or "http/protobuf"',
     )
+
+
+def _text(value: str | float) -> str | float:
+    """Return a value that can be exported: clients may send lone surrogates, which are no text."""
+    return value.encode("utf-8", "replace").decode() if isinstance(value, str) else value

@@ -326,3 +326,20 @@ def test_missing_packages_are_named_with_what_to_do(name: str) -> None:
     said = run_python(code)
     assert f"otlp_traces_endpoint needs OpenTelemetry, and {name}" in said
     assert "pip install 'vllm-pd[otel]'" in said
+
+
+async def test_a_model_name_that_is_no_text_is_made_one(
+    start_router: StartRouter,
+    prefill: FakeInstance,
+    decode: FakeInstance,
+    collector: Collector,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    router = await start_router([prefill], [decode], otlp_traces_endpoint=collector.endpoint)
+
+    async with router.post(COMPLETIONS, json=BODY | {"model": "a\ud800"}):
+        pass
+    await router.close()
+
+    assert collector.root().attributes["gen_ai.request.model"] == "a?"
+    assert "Traceback" not in caplog.text
