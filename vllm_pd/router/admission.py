@@ -175,10 +175,11 @@ class Slots:
             refused = self._least_deserving(ticket)
             if refused is ticket:
                 return ticket
-            self.leave(refused)
+        self._show(ticket)  # first: if that fails, nothing has changed
         self._levels.setdefault(ticket.priority, _Level()).add(ticket)
         self._num_waiting += 1
-        self._show()
+        if refused is not None:
+            self.leave(refused)
         return refused
 
     def leave(self, ticket: Ticket) -> None:
@@ -205,12 +206,13 @@ class Slots:
     def _num_waiting_elsewhere(self) -> int:
         return 0 if self._siblings is None else self._siblings.num_waiting
 
-    def _show(self) -> None:
+    def _show(self, *newcomers: Ticket) -> None:
         if self._siblings is not None:
+            urgencies = (*self._levels, *(one.priority for one in newcomers))
             self._siblings.show(
                 in_use=self._in_use,
-                num_waiting=self._num_waiting,
-                most_urgent=min(self._levels, default=0),
+                num_waiting=self._num_waiting + len(newcomers),
+                most_urgent=min(urgencies, default=0),
             )
 
     def _removed_from(self, priority: int) -> None:
@@ -412,14 +414,16 @@ class Stage:
 def priority_of(headers: Mapping[str, str], field_of_body: object) -> int:
     """Return the priority that a client asks for; 0 if it asks for none.
 
-    The body's field has to be an integer to count: vLLM words what is wrong with it.
+    The body's field has to be an integer to count, and counts up to the header's range:
+    vLLM words what is wrong with it.
 
     Raises:
         RemoteProtocolError: the header is no 64-bit integer.
     """
     given = headers.get(PRIORITY)
     if given is None:
-        return field_of_body if type(field_of_body) is int else 0
+        asked = field_of_body if type(field_of_body) is int else 0
+        return max(-_MAX_PRIORITY, min(asked, _MAX_PRIORITY))
     with contextlib.suppress(ValueError):
         priority = int(given)
         if -_MAX_PRIORITY <= priority <= _MAX_PRIORITY:

@@ -36,6 +36,9 @@ _MEDIA_TOKENS = 1024
 _MAX_ITEMS = 20_000
 """JSON values of a prompt that are looked at, as these take some 10 ms; the rest does not count."""
 
+_MAX_SEQUENCES = 2**20
+"""Most sequences that a request counts, whatever ``n`` it asks for: it may be any integer."""
+
 _END = object()
 
 # In the order in which chat templates write them.
@@ -65,7 +68,7 @@ class Prompt:
 
     Attributes:
         num_tokens: length, estimated unless it is given as token ids; at least 1.
-        num_sequences: sequences that vLLM makes of the request; at least 1.
+        num_sequences: sequences that vLLM makes of the request; at least 1, and 2**20 at most.
         prefix: digests of its beginnings of ``DIGEST_TOKENS``, as far as it reaches;
             empty if there are several prompts.
         session: digest of the session's name, or None.
@@ -190,7 +193,7 @@ def read_prompt(body: Mapping[str, Any], *, session: str | None = None) -> Promp
     num_choices = n if isinstance(n, int) and n > 0 else 1
     return Prompt(
         num_tokens=max(1, reader.num_bytes // _TOKEN_LEN),
-        num_sequences=num_prompts * num_choices,
+        num_sequences=min(num_prompts * num_choices, _MAX_SEQUENCES),
         prefix=_prefix(body, reader.pieces) if num_prompts == 1 else (),
         session=None if session is None else _hash(b"session\0", _encode(session)).intdigest(),
     )

@@ -43,8 +43,8 @@ class Use:
         self._breaker = instance.breaker  # the instance gets another one when it restarts
 
     def __enter__(self) -> Self:
-        self._ticket = self._breaker.begin(self._clock())
         self._instance.ledger.begin(self._work, num_requests=1)
+        self._ticket = self._breaker.begin(self._clock())
         return self
 
     def __exit__(self, *exc_info: object) -> None:

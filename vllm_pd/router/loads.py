@@ -130,9 +130,9 @@ class Ledger:
             work: what there is to do.
             num_requests: requests that begin with it; 0: it is part of one that has begun.
         """
+        self._show(work, num_requests, 1)  # first: if that fails, nothing has begun
         self._own += work
         self.own_in_flight += num_requests
-        self._show(work, num_requests, 1)
 
     def end(self, work: Work, *, num_requests: int = 0) -> None:
         """Count work as done, with the arguments of ``begin``."""

@@ -582,6 +582,8 @@ def test_no_slot_is_lost_whatever_happens_in_the_same_moment(
         ({}, "7", 0),
         ({}, True, 0),
         ({}, 1.5, 0),
+        ({}, 2**63, 2**63 - 1),
+        ({}, -(2**70), 1 - 2**63),
     ],
 )
 def test_the_header_counts_before_the_field(

@@ -49,6 +49,11 @@ def shared(one: Prompt, other: Prompt) -> int:
 # Length
 
 
+@pytest.mark.parametrize("fields", [{"n": 2**63}, {"n": 2**19, "prompt": ["a"] * 100}])
+def test_whatever_a_client_asks_for_its_sequences_stay_countable(fields: dict[str, Any]) -> None:
+    assert read_prompt({"prompt": "a"} | fields).num_sequences == 2**20
+
+
 def test_a_prompt_of_token_ids_has_its_exact_length() -> None:
     assert read_prompt({"prompt": ids(777)}).num_tokens == 777
 

@@ -28,6 +28,7 @@ _NUM_COLUMNS = 4
 NUM_NEWS = 8192
 """News that a part holds; older ones are overwritten, whether they were read or not."""
 
+_LEAST, _MOST = -(2**63), 2**63 - 1  # what a number of a row holds
 _NEWS_LEN = 3
 _KEYS_AT = 0
 _VALUES_AT = _KEYS_AT + NUM_ROWS
@@ -103,10 +104,10 @@ class Board:
         return row
 
     def write(self, at: int, values: Values) -> None:
-        """Write a row of this worker."""
+        """Write a row of this worker; what does not fit counts as the most or least that does."""
         start = self._start + _VALUES_AT + at * _NUM_COLUMNS
         for column, value in enumerate(values):
-            self._signed[start + column] = value
+            self._signed[start + column] = max(_LEAST, min(value, _MOST))
 
     def read(self, key: int, found: dict[int, int]) -> list[Values]:
         """Return the rows that the other workers have of a key.

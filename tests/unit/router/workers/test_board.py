@@ -4,6 +4,8 @@ import os
 from collections.abc import Iterator
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from vllm_pd.router.workers.board import NUM_NEWS, NUM_ROWS, Board, News, key_of, make_board
 
@@ -28,6 +30,25 @@ def test_a_worker_sees_the_sums_of_the_others_without_its_own(boards: Boards) ->
         row.add(10**number, 2, -1)
     assert rows[0].others() == (110, 4, -2, 0)
     assert rows[2].others() == (11, 4, -2, 0)
+
+
+NUMBERS = st.integers() | st.integers(-(2**63), 2**63 - 1) | st.integers(-9, 9)
+
+
+@given(st.lists(st.lists(NUMBERS, min_size=4, max_size=4)))
+def test_no_number_is_too_large_to_be_counted_and_taken_back(changes: list[list[int]]) -> None:
+    fd = make_board(2)
+    board, other = Board(fd, 2, 0), Board(fd, 2, 1)
+    os.close(fd)
+    row, reader = board.row(KEY), other.row(KEY)
+    row.add(1, 2, 3, 4)
+    for change in changes:
+        row.add(*change)
+        sums = reader.others()
+        assert all(-(2**63) <= one < 2**63 for one in sums)
+    for change in changes:
+        row.add(*(-one for one in change))
+    assert reader.others() == (1, 2, 3, 4)
 
 
 def test_counts_of_different_things_do_not_mix(boards: Boards) -> None:

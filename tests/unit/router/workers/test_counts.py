@@ -71,6 +71,20 @@ def test_an_instance_that_comes_back_while_old_requests_are_open_counts_both(
         assert (reader.in_flight, reader.outstanding.kv_tokens) == (1, 5)
 
 
+class FullRow(Row):
+    """A row that takes nothing."""
+
+    def add(self, *_changes: int) -> None:
+        raise OSError("no room")
+
+
+def test_work_that_cannot_be_shown_has_not_begun(boards: list[Board]) -> None:
+    ledger = Ledger(FullRow(boards[0], KEY, None))
+    with pytest.raises(OSError, match="no room"), ledger.open(Work(1, 2, 3), num_requests=1):
+        pass
+    assert (ledger.own_in_flight, ledger.outstanding) == (0, Work())
+
+
 # Limits of a client
 
 

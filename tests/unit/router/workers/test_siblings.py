@@ -40,6 +40,27 @@ def pair() -> tuple[Slots, Slots]:
 Pair = tuple[Slots, Slots]
 
 
+class FullSiblings(Siblings):
+    """A stage in which no queue can be shown."""
+
+    def show(self, *, in_use: int, num_waiting: int, most_urgent: int) -> None:
+        if num_waiting:
+            raise OSError("no room")
+        super().show(in_use=in_use, num_waiting=0, most_urgent=most_urgent)
+
+
+def test_a_request_that_cannot_be_shown_does_not_wait() -> None:
+    fd = make_board(1)
+    slots = Slots(capacity=1, max_queue=9, siblings=FullSiblings(Board(fd, 1, 0).row(KEY)))
+    os.close(fd)
+    assert slots.take()
+    with pytest.raises(OSError, match="no room"):
+        slots.enqueue(Ticket("a"))
+    slots.give_back()
+    assert slots.num_waiting == 0
+    assert slots.take()
+
+
 def test_workers_have_no_more_slots_together_than_one_would_have(pair: Pair) -> None:
     one, other = pair
     assert one.take()
