@@ -5,14 +5,18 @@ within a moment, so that neither a slow disk nor a stuck pipe holds a request up
 it cannot write is lost, and counted.
 
 A file is written with ``O_APPEND``, in whole lines, so that several processes can share
-one. Before each batch the thread looks whether it still has the file of that name, and
-opens it anew if it was moved away: logrotate needs no signal.
+one. On standard output, which may be a pipe, they lock each other out for the time of a
+batch, as a pipe takes no more than 4 KiB at once. Before each batch for a file the thread
+looks whether it still has the file of that name, and opens it anew if it was moved away:
+logrotate needs no signal.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import datetime
+import fcntl
 import json
 import logging
 import os
@@ -20,7 +24,7 @@ import queue
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -145,13 +149,12 @@ class AccessLog:
 
     def _write_all(self) -> None:
         while (batch := self._batches.get()) is not None:
-            try:
-                self._sink.write(b"".join(batch))
-            except OSError as exc:
-                self._lost(len(batch))
-                self._note_failure(exc)
-            else:
+            num_lost, failure = self._sink.write(batch)
+            if failure is None:
                 self._is_failing = False
+            else:
+                self._lost(num_lost)
+                self._note_failure(failure)
             self._num_done += len(batch)
         self._sink.close()
 
@@ -161,14 +164,39 @@ class AccessLog:
             logger.error("lines of the access log %s are lost: %s", self._target, exc)
 
 
+class _Lines:
+    """Writes lines to one descriptor, each from the beginning of a line."""
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+        self._is_cut = False  # the last line that was written
+
+    def write(self, lines: list[bytes]) -> tuple[int, OSError | None]:
+        """Write lines that end with a line break; return how many are lost, and why."""
+        mend = b"\n" if self._is_cut else b""
+        data = memoryview(mend + b"".join(lines))
+        num_written = 0
+        failure = None
+        while num_written < len(data) and failure is None:
+            try:
+                num_written += os.write(self.fd, data[num_written:])
+            except OSError as exc:
+                failure = exc
+        written = bytes(data[:num_written])
+        if written:
+            self._is_cut = not written.endswith(b"\n")
+        return len(lines) - written.removeprefix(mend).count(b"\n"), failure
+
+
 class _Stdout:
     """Standard output, which is not ours to close."""
 
     def __init__(self) -> None:
-        self._fd = sys.stdout.fileno()
+        self._lines = _Lines(sys.stdout.fileno())
 
-    def write(self, data: bytes) -> None:
-        _write(self._fd, data)
+    def write(self, lines: list[bytes]) -> tuple[int, OSError | None]:
+        with _locked(self._lines.fd):
+            return self._lines.write(lines)
 
     def close(self) -> None:
         pass
@@ -180,26 +208,29 @@ class _File:
     def __init__(self, path: Path) -> None:
         self._path = path
         try:
-            self._fd = self._open()
+            self._lines = _Lines(self._open())
         except OSError as exc:
             raise ConfigError(
                 f"cannot write the access log {path}: {exc.strerror}",
                 hint="name a file in a folder that exists, or - for standard output",
             ) from exc
 
-    def write(self, data: bytes) -> None:
-        if not self._is_there():
-            fd = self._open()  # if that fails, the old one stays
-            os.close(self._fd)
-            self._fd = fd
-        _write(self._fd, data)
+    def write(self, lines: list[bytes]) -> tuple[int, OSError | None]:
+        try:
+            if not self._is_there():
+                fd = self._open()  # if that fails, the old one stays
+                self.close()
+                self._lines = _Lines(fd)
+        except OSError as exc:
+            return len(lines), exc
+        return self._lines.write(lines)
 
     def close(self) -> None:
-        os.close(self._fd)
+        os.close(self._lines.fd)
 
     def _is_there(self) -> bool:
         try:
-            return os.path.samestat(self._path.stat(), os.fstat(self._fd))
+            return os.path.samestat(self._path.stat(), os.fstat(self._lines.fd))
         except FileNotFoundError:
             return False
 
@@ -207,10 +238,20 @@ class _File:
         return os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o640)
 
 
-def _write(fd: int, data: bytes) -> None:
-    rest = memoryview(data)
-    while rest:
-        rest = rest[os.write(fd, rest) :]
+@contextlib.contextmanager
+def _locked(fd: int) -> Iterator[None]:
+    """Keep other processes that do the same away from what a descriptor is open on.
+
+    Linux locks pipes, sockets and terminals like files. A lock that cannot be had is done
+    without: lines that may mix are better than none.
+    """
+    with contextlib.suppress(OSError):
+        fcntl.lockf(fd, fcntl.LOCK_EX)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            fcntl.lockf(fd, fcntl.LOCK_UN)
 
 
 def _printable(line: dict[str, Any]) -> bytes:

@@ -6,6 +6,10 @@ import asyncio
 import json
 import os
 import re
+import resource
+import signal
+import sys
+from collections.abc import Callable, Iterator
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -306,6 +310,72 @@ async def test_lost_lines_are_in_the_metrics(
     while not re.search(r"^vllm_pd:router_access_log_lost_total [1-9]", text, re.MULTILINE):
         async with router.get("/metrics") as response:
             text = await response.text()
+
+
+@pytest.fixture
+def file_limit() -> Iterator[Callable[[int], None]]:
+    """Return what makes files end at a length, as a full disk does; undone at the end."""
+    old = resource.getrlimit(resource.RLIMIT_FSIZE)
+    on_limit = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, old[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, old)
+    signal.signal(signal.SIGXFSZ, on_limit)
+
+
+async def test_a_line_that_is_cut_short_does_not_spoil_the_next_one(
+    log_file: Path, file_limit: Callable[[int], None]
+) -> None:
+    lost: asyncio.Queue[int] = asyncio.Queue()
+    loop = asyncio.get_running_loop()
+
+    def tell(num_lines: int) -> None:
+        loop.call_soon_threadsafe(lost.put_nowait, num_lines)
+
+    async with AccessLog(str(log_file), lost=tell) as log:
+        file_limit(6)
+        for line in (b"1\n", b"22\n", b"333\n", b"4\n"):
+            log.add(line)
+        assert await lost.get() == 2
+        file_limit(resource.RLIM_INFINITY)
+        for line in (b"5\n", b"6\n"):
+            log.add(line)
+    assert text_of(log_file) == "1\n22\n3\n5\n6\n"
+    assert lost.empty()
+
+
+_WRITER = """
+import asyncio, sys
+from vllm_pd.router.access_log import AccessLog
+
+async def write():
+    async with AccessLog("-", lost=print) as log:
+        for _ in range(1000):
+            log.add({line!r})
+        print("ready", file=sys.stderr, flush=True)
+
+asyncio.run(write())
+"""
+
+
+async def test_lines_of_several_processes_do_not_mix_in_a_pipe() -> None:
+    expected = [letter * 999 for letter in (b"a", b"b")]
+    reading, writing = os.pipe()
+    writers = [
+        await asyncio.create_subprocess_exec(
+            *(sys.executable, "-c", _WRITER.format(line=line + b"\n")),
+            stdout=writing,
+            stderr=asyncio.subprocess.PIPE,
+        )
+        for line in expected
+    ]
+    os.close(writing)
+    for writer in writers:  # so that both have something to write when the first can
+        assert writer.stderr is not None
+        assert await writer.stderr.readline() == b"ready\n"
+    with os.fdopen(reading, "rb") as pipe:
+        lines = (await asyncio.to_thread(pipe.read)).splitlines()
+    assert [await writer.wait() for writer in writers] == [0, 0]
+    assert sorted(lines) == [line for line in expected for _ in range(1000)]
 
 
 async def test_prefill_counts_the_prompt_of_a_stream_without_usage(
