@@ -306,11 +306,12 @@ async def _resources(app: web.Application) -> AsyncIterator[None]:
         app[PROXY] = Proxy(backend, app[METRICS], config, tracer)
         file = None
         if config.instances_file is not None:
-            file = InstancesFile(Path(config.instances_file), pool)
+            tell = None if shared is None else shared.tell_file
+            file = InstancesFile(Path(config.instances_file), pool, tell=tell)
         await pool.start()
         stack.push_async_callback(pool.stop)
         if shared is not None:
-            await shared.join(pool, app[METRICS])
+            await shared.join(pool, app[METRICS], file)
             stack.push_async_callback(shared.leave)
         followed = [app[ACCESS].watch(), _follow_capacity(config, pool, stages)]
         if file is not None:

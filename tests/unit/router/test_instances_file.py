@@ -11,6 +11,7 @@ from vllm_pd.errors import ConfigError
 from vllm_pd.router.instance import Instance
 from vllm_pd.router.instances import InstancePool
 from vllm_pd.router.instances_file import InstancesFile
+from vllm_pd.router.workers.changes import Change, Drain
 
 TWO = """
 instances:
@@ -133,6 +134,31 @@ def test_a_file_that_is_gone_changes_nothing(path: Path, pool: InstancePool) -> 
     file.reload_if_changed()
 
     assert [one.draining for one in pool] == [False, False]
+
+
+def test_what_all_processes_are_to_do_is_done_when_it_comes_back(
+    path: Path, pool: InstancePool
+) -> None:
+    told: list[tuple[Change, ...]] = []
+    file = InstancesFile(path, pool, tell=told.append)
+    replace(path, "instances: []")
+    file.reload_if_changed()
+    assert not any(one.draining for one in pool)
+    assert told == [(Drain("p1:8100"), Drain("d1:8200"))]
+    file.make(told[0])
+    assert all(one.draining for one in pool)
+    assert file.names == ()
+
+
+def test_a_change_that_another_process_has_seen_first_is_not_told_again(
+    path: Path, pool: InstancePool
+) -> None:
+    told: list[tuple[Change, ...]] = []
+    file = InstancesFile(path, pool, tell=told.append)
+    replace(path, "instances: []")
+    file.make([Drain("p1:8100"), Drain("d1:8200")])
+    file.reload_if_changed()
+    assert told == []
 
 
 async def test_the_file_is_watched(path: Path, pool: InstancePool) -> None:

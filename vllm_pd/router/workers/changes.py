@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 
 import msgspec
 
@@ -65,13 +65,25 @@ def make(change: Change, pool: InstancePool) -> None:
             pool.remove(instance)
 
 
-def with_change(history: Sequence[Change], change: Change) -> tuple[Change, ...]:
+def with_change(
+    history: Sequence[Change], change: Change, *, known: Container[str]
+) -> tuple[Change, ...]:
     """Return what a worker has to be told that knows nothing but the configuration.
 
-    What a later change of the same instance makes void is left out.
+    What a later change of the same instance makes void is left out, and so is all about
+    an instance that is to go and that nobody would tell the worker of.
+
+    Args:
+        history: what was to be told so far.
+        change: what is made now.
+        known: ids of the instances that the worker has from the configuration.
     """
     void: tuple[type[Change], ...] = (type(change),)
     if isinstance(change, Add | Remove):
         void = (Add, Relabel, Drain, Remove)
-    kept = (one for one in history if one.name != change.name or not isinstance(one, void))
-    return (*kept, change)
+    kept = [one for one in history if one.name != change.name or not isinstance(one, void)]
+    if change.name in known or isinstance(change, Add):
+        return (*kept, change)
+    if isinstance(change, Relabel) and any(one.name == change.name for one in kept):
+        return (*kept, change)
+    return tuple(one for one in kept if one.name != change.name)

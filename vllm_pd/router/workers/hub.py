@@ -7,15 +7,17 @@ has died or has been given up, so that a change that was confirmed holds everywh
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
-from vllm_pd.router.workers.changes import Change, with_change
+from vllm_pd.router.workers.changes import Add, Change, with_change
 from vllm_pd.router.workers.merge import Page, merge, what_stays
 from vllm_pd.router.workers.messages import (
     Answers,
     Ask,
     Asked,
     Doubt,
+    FileChanged,
     MakeChange,
     ShowMetrics,
     ToWorker,
@@ -44,9 +46,15 @@ class _Open:
 
 
 class Hub:
-    """The members, the questions that are open, and what has to be remembered of both."""
+    """The members, the questions that are open, and what has to be remembered of both.
 
-    def __init__(self) -> None:
+    Args:
+        configured: ids of the instances that every worker begins with.
+    """
+
+    def __init__(self, configured: Iterable[str] = ()) -> None:
+        self._configured = frozenset(configured)
+        self._in_file: set[str] = set()
         self._members: set[int] = set()
         self._history: tuple[Change, ...] = ()
         self._open: dict[int, _Open] = {}
@@ -54,16 +62,22 @@ class Hub:
         self._last: dict[int, Page] = {}  # metrics of the members
         self._gone: Page = ()  # metrics of those that were, together
 
-    def join(self, worker: int) -> Outgoing:
-        """Take a worker in; from now on it gets all questions."""
+    def join(self, worker: int, in_file: Iterable[str] = ()) -> Outgoing:
+        """Take a worker in, with what it has from the file; from now on it gets all questions."""
         self._members.add(worker)
+        self._in_file = set(in_file)
         return [(worker, Welcome(self._history))]
 
     def ask(self, origin: int, ask: Ask) -> tuple[int | None, Outgoing]:
         """Put a worker's question to all; return its number, by which it can be given up."""
         question = ask.question
         if isinstance(question, MakeChange):
-            self._history = with_change(self._history, question.change)
+            self._remember(question.change)
+        if isinstance(question, FileChanged):
+            for change in question.changes:
+                self._note_in_file(change)
+                self._remember(change)
+            return None, [(worker, Asked(0, question)) for worker in sorted(self._members)]
         if isinstance(question, Doubt):  # nobody waits for an answer
             others = sorted(self._members - {origin})
             return None, [(worker, Asked(0, question)) for worker in others]
@@ -103,6 +117,16 @@ class Hub:
         for worker in silent:
             outgoing += self._done(number, worker)
         return silent, outgoing
+
+    def _note_in_file(self, change: Change) -> None:
+        if isinstance(change, Add):
+            self._in_file.add(change.name)
+        else:
+            self._in_file.discard(change.name)
+
+    def _remember(self, change: Change) -> None:
+        known = self._configured | self._in_file
+        self._history = with_change(self._history, change, known=known)
 
     def _done(self, number: int, worker: int) -> Outgoing:
         question = self._open.get(number)

@@ -21,6 +21,12 @@ class MakeChange(msgspec.Struct, frozen=True, tag=True):
     change: Change
 
 
+class FileChanged(msgspec.Struct, frozen=True, tag=True):
+    """To all: the file of instances says so now. Nobody waits for an answer."""
+
+    changes: tuple[Change, ...]
+
+
 class ShowMetrics(msgspec.Struct, frozen=True, tag=True):
     """To all: answer with your metrics."""
 
@@ -37,7 +43,7 @@ class Doubt(msgspec.Struct, frozen=True, tag=True):
     tripped: bool
 
 
-Question = MakeChange | ShowMetrics | Doubt
+Question = MakeChange | FileChanged | ShowMetrics | Doubt
 
 
 class Start(msgspec.Struct, frozen=True, tag=True):
@@ -48,7 +54,13 @@ class Start(msgspec.Struct, frozen=True, tag=True):
 
 
 class Join(msgspec.Struct, frozen=True, tag=True):
-    """Worker to parent: ready for questions."""
+    """Worker to parent: ready for questions.
+
+    Attributes:
+        in_file: ids of the instances that it has from the file of instances.
+    """
+
+    in_file: tuple[str, ...] = ()
 
 
 class Welcome(msgspec.Struct, frozen=True, tag=True):

@@ -13,7 +13,7 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,7 @@ import msgspec
 from vllm_pd.config import RouterConfig
 from vllm_pd.errors import LaunchError
 from vllm_pd.router import app
+from vllm_pd.router.addresses import base_url, instance_id
 from vllm_pd.router.workers.board import Board, make_board
 from vllm_pd.router.workers.hub import Hub, Outgoing
 from vllm_pd.router.workers.messages import (
@@ -110,7 +111,7 @@ class Parent:
         self._port = port
         self._board_fd = board_fd
         self._board = Board(board_fd, config.workers)
-        self._hub = Hub()
+        self._hub = Hub(_configured(config))
         self._workers: dict[int, _Worker] = {}  # by number
         self._sockets: dict[int, list[socket.socket]] = {}  # likewise
         self._stopping = asyncio.Event()
@@ -235,8 +236,8 @@ class Parent:
         while (data := await read_frame(reader)) is not None:
             message: ToParent = _decoder.decode(data)
             match message:
-                case Join():
-                    self._send(self._hub.join(index))
+                case Join(in_file):
+                    self._send(self._hub.join(index, in_file))
                 case Ready():
                     worker.is_ready = True
                     logger.info("router worker %d serves as process %d", index, worker.process.pid)
@@ -265,6 +266,17 @@ class Parent:
             worker = self._workers.get(index)
             if worker is not None and not worker.writer.is_closing():
                 worker.writer.write(framed(message))
+
+
+def _configured(config: RouterConfig) -> Iterator[str]:
+    """Yield the ids of the instances that the configuration names.
+
+    Raises:
+        ConfigError: an address is none.
+    """
+    others = (spec.url for spec in config.instances)
+    for url in (*config.prefill_urls, *config.decode_urls, *others):
+        yield instance_id(base_url(url))
 
 
 async def wait_up_to(event: asyncio.Event, seconds: float) -> None:

@@ -10,6 +10,7 @@ import msgspec
 from vllm_pd.config import Role
 from vllm_pd.errors import RemoteProtocolError
 from vllm_pd.router.instances import InstancePool
+from vllm_pd.router.instances_file import InstancesFile
 from vllm_pd.router.metrics import Metrics
 from vllm_pd.router.workers import changes
 from vllm_pd.router.workers.board import Board, News, Row, key_of
@@ -21,6 +22,7 @@ from vllm_pd.router.workers.messages import (
     Asked,
     Doubt,
     Failed,
+    FileChanged,
     Join,
     MakeChange,
     Question,
@@ -66,6 +68,7 @@ class Shared:
         self._board: Board
         self._pool: InstancePool
         self._metrics: Metrics
+        self._file: InstancesFile | None
 
     async def start(self) -> Start:
         """Return what the parent wants this worker to be.
@@ -82,17 +85,24 @@ class Shared:
         """Count on this board; before anything is counted."""
         self._board = board
 
-    async def join(self, pool: InstancePool, metrics: Metrics) -> None:
+    async def join(
+        self, pool: InstancePool, metrics: Metrics, file: InstancesFile | None = None
+    ) -> None:
         """Become one of the workers that are asked, and make the changes that were missed.
 
         Questions are answered from then on, until ``leave``.
 
+        Args:
+            pool: what changes are made in.
+            metrics: of this worker.
+            file: that the instances are from, if there is one; to be watched from now on.
+
         Raises:
             RemoteProtocolError: the parent is gone.
         """
-        self._pool, self._metrics = pool, metrics
+        self._pool, self._metrics, self._file = pool, metrics, file
         pool.subscribe_doubts(self._tell_doubt)
-        self._send(Join())
+        self._send(Join(file.names if file else ()))
         message = await self._next()
         if not isinstance(message, Welcome):
             raise RemoteProtocolError("the router's parent process is gone")
@@ -121,6 +131,10 @@ class Shared:
     async def make(self, change: changes.Change) -> None:
         """Make a change in all workers; returns when it holds everywhere."""
         await self._ask(MakeChange(change))
+
+    def tell_file(self, wanted: tuple[changes.Change, ...]) -> None:
+        """Have all workers, this one included, do what the file of instances says now."""
+        self._tell(FileChanged(wanted))
 
     async def page(self) -> bytes:
         """Return the metrics of all workers together."""
@@ -164,6 +178,8 @@ class Shared:
                     if future is not None and not future.done():
                         future.set_result(message.pages)
             logger.error("the router's parent process is gone: this worker stops")
+        except Exception:
+            logger.exception("what the router's parent process said failed: this worker stops")
         finally:  # nobody would restart a worker that does not hear what changes
             self._stop.set()
             for future in self._waiting.values():
@@ -174,6 +190,10 @@ class Shared:
         match asked.question:
             case MakeChange(change):
                 changes.make(change, self._pool)
+            case FileChanged(wanted):
+                if self._file is not None:
+                    self._file.make(wanted)
+                return
             case ShowMetrics():
                 page = self._metrics.page(self._pool)
             case Doubt(url, tripped):

@@ -3,7 +3,8 @@ from __future__ import annotations
 import pytest
 from prometheus_client import CollectorRegistry, Counter
 
-from vllm_pd.router.workers.changes import Drain
+from vllm_pd.config import InstanceSpec
+from vllm_pd.router.workers.changes import Add, Change, Drain, Remove
 from vllm_pd.router.workers.hub import Hub
 from vllm_pd.router.workers.merge import Page, page_of
 from vllm_pd.router.workers.messages import (
@@ -11,6 +12,7 @@ from vllm_pd.router.workers.messages import (
     Ask,
     Asked,
     Doubt,
+    FileChanged,
     MakeChange,
     ShowMetrics,
     Welcome,
@@ -22,7 +24,7 @@ DRAIN = MakeChange(Drain("a:80"))
 @pytest.fixture
 def hub() -> Hub:
     """Three workers that know everything."""
-    hub = Hub()
+    hub = Hub(["a:80"])
     for worker in range(3):
         hub.join(worker)
     return hub
@@ -77,6 +79,58 @@ def test_who_does_not_answer_is_given_up(hub: Hub) -> None:
 def test_a_newcomer_is_told_what_has_changed(hub: Hub) -> None:
     asked(hub, DRAIN)
     assert hub.join(3) == [(3, Welcome((DRAIN.change,)))]
+
+
+def told(hub: Hub, *in_file: str) -> tuple[Change, ...]:
+    """What a newcomer is told that has these instances from the file."""
+    ((_, message),) = hub.join(3, in_file)
+    assert isinstance(message, Welcome)
+    return message.changes
+
+
+def file_says(hub: Hub, *changes: Change) -> None:
+    hub.ask(0, Ask(7, FileChanged(changes)))
+
+
+ADD_B = Add(InstanceSpec(url="http://b"))
+
+
+def test_a_change_of_the_file_goes_to_all_and_nobody_waits(hub: Hub) -> None:
+    changed = FileChanged((ADD_B,))
+    assert hub.ask(1, Ask(7, changed)) == (None, [(at, Asked(0, changed)) for at in range(3)])
+
+
+def test_a_newcomer_is_not_told_of_a_drain_that_the_file_has_ended(hub: Hub) -> None:
+    hub.join(2, ["b:80"])
+    asked(hub, MakeChange(Drain("b:80")))
+    file_says(hub, Drain("b:80"))
+    file_says(hub, ADD_B)
+    assert told(hub, "b:80") == (ADD_B,)
+
+
+def test_a_newcomer_is_told_of_the_drain_of_what_it_has_from_the_file(hub: Hub) -> None:
+    hub.join(2, ["b:80"])
+    asked(hub, MakeChange(Drain("b:80")))
+    assert told(hub, "b:80") == (Drain("b:80"),)
+
+
+def test_what_the_file_has_dropped_is_drained_by_a_newcomer_that_is_configured_so(
+    hub: Hub,
+) -> None:
+    file_says(hub, Add(InstanceSpec(url="http://a")))
+    file_says(hub, Drain("a:80"))
+    assert told(hub) == (Add(InstanceSpec(url="http://a")), Drain("a:80"))
+
+
+def test_instances_that_come_and_go_are_not_remembered(hub: Hub) -> None:
+    for number in range(9):
+        add = Add(InstanceSpec(url=f"http://c{number}"))
+        asked(hub, MakeChange(add))
+        asked(hub, MakeChange(Drain(add.name)))
+        file_says(hub, Add(InstanceSpec(url=f"http://d{number}")))
+        file_says(hub, Drain(f"d{number}:80"))
+        asked(hub, MakeChange(Remove(f"d{number}:80")))
+    assert told(hub) == ()
 
 
 def test_a_doubt_goes_to_the_others_and_nobody_waits(hub: Hub) -> None:

@@ -210,6 +210,46 @@ async def test_when_a_worker_is_killed_the_others_go_on_and_it_is_replaced(
         assert "was killed by SIGKILL" in router.log.read_text()
 
 
+async def states(connection: Connection) -> dict[str, str]:
+    """Return the states of the instances, as a worker lists them."""
+    _, raw = await connection.ask("GET", "/admin/instances", key=ADMIN)
+    return {one["url"]: one["state"] for one in json.loads(raw)["instances"]}
+
+
+async def is_in_state(connection: Connection, instance: FakeInstance, state: str | None) -> bool:
+    return (await states(connection)).get(instance.url) == state
+
+
+async def test_a_replaced_worker_does_not_drain_what_the_file_has_listed_again(
+    prefill: FakeInstance,
+    decode: FakeInstance,
+    admin: dict[str, Any],
+    tmp_path: Path,
+) -> None:
+    file = tmp_path / "instances.json"
+    both_listed = [{"url": prefill.url, "role": "prefill"}, {"url": decode.url, "role": "decode"}]
+
+    def write(listed: list[dict[str, str]]) -> None:
+        new = tmp_path / "new"
+        new.write_text(json.dumps({"instances": listed}))
+        new.rename(file)
+
+    write(both_listed)
+    async with running(tmp_path, [], [], instances_file=str(file), **admin) as router:
+        one, other = await both(router)
+        name = decode.url.removeprefix("http://")
+        assert (await one.ask("POST", f"/admin/instances/{name}/drain", key=ADMIN))[0] == 202
+        for listed, state in ((both_listed[:1], None), (both_listed, "healthy")):
+            write(listed)
+            for connection in (one, other):
+                await until(partial(is_in_state, connection, decode, state))
+        os.kill(router.workers()[0], signal.SIGKILL)
+        await until(lambda: router.num_served() == 3)
+        replacement = await router.connect_to(router.workers()[1])
+        assert await states(replacement) == await states(other)
+        await until(partial(is_served, replacement))
+
+
 async def test_an_instance_on_which_a_request_failed_is_doubted_by_all(
     prefill: FakeInstance, start_instance: StartInstance, tmp_path: Path
 ) -> None:
