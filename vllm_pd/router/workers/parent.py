@@ -1,4 +1,4 @@
-"""The parent of the workers: starts them, replaces those that die, stops all of them.
+"""The parent of the workers: starts them, replaces those that die or hang, stops all of them.
 
 It serves no request. The workers notice by a socket that it is gone, and stop as well,
 so that none is left behind whatever ends it.
@@ -14,7 +14,7 @@ import signal
 import socket
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
@@ -37,6 +37,7 @@ from vllm_pd.router.workers.messages import (
     read_frame,
 )
 from vllm_pd.router.workers.restarts import Restarts
+from vllm_pd.router.workers.silence import LOOK_INTERVAL_S, MAX_LOOKS, Silence
 from vllm_pd.router.workers.sockets import SharedPort
 
 logger = logging.getLogger(__name__)
@@ -95,6 +96,7 @@ class _Worker:
     writer: asyncio.StreamWriter
     is_ready: bool = False
     failure: str | None = None
+    silence: Silence = field(default_factory=Silence)
 
 
 class Parent:
@@ -200,6 +202,7 @@ class Parent:
         reader, worker = await self._start(self._sockets[index])
         self._workers[index] = worker
         timer = asyncio.get_running_loop().call_later(START_TIMEOUT_S, _give_up, worker)
+        watch = asyncio.create_task(self._watch(worker))
         try:
             if self._stopping.is_set():
                 _signal(worker.process, signal.SIGTERM)
@@ -208,6 +211,7 @@ class Parent:
             code = await _reap(worker.process)
         finally:
             timer.cancel()
+            watch.cancel()
             worker.writer.close()
             del self._workers[index]
             self._board.clear(index)
@@ -234,6 +238,7 @@ class Parent:
     async def _follow(self, index: int, worker: _Worker, reader: asyncio.StreamReader) -> None:
         """Take a worker's messages until it closes its end."""
         while (data := await read_frame(reader)) is not None:
+            worker.silence.heard()
             message: ToParent = _decoder.decode(data)
             match message:
                 case Join(in_file):
@@ -247,6 +252,15 @@ class Parent:
                     self._ask(index, message)
                 case Answer(number, page):
                     self._send(self._hub.answer(index, number, page))
+
+    async def _watch(self, worker: _Worker) -> None:
+        """End a worker that serves and hangs; one that stops may be silent."""
+        while not self._stopping.is_set():
+            await asyncio.sleep(LOOK_INTERVAL_S)
+            if worker.is_ready and not self._stopping.is_set() and worker.silence.is_too_long():
+                worker.failure = f"has hung for {MAX_LOOKS * LOOK_INTERVAL_S:g} s and was ended"
+                _signal(worker.process, signal.SIGKILL)
+                return
 
     def _ask(self, index: int, ask: Ask) -> None:
         number, outgoing = self._hub.ask(index, ask)

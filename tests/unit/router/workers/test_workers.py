@@ -210,6 +210,18 @@ async def test_when_a_worker_is_killed_the_others_go_on_and_it_is_replaced(
         assert "was killed by SIGKILL" in router.log.read_text()
 
 
+async def test_a_worker_that_hangs_is_replaced(
+    prefill: FakeInstance, decode: FakeInstance, tmp_path: Path
+) -> None:
+    async with running(tmp_path, [prefill], [decode]) as router:
+        hung, other = router.workers()
+        os.kill(hung, signal.SIGSTOP)
+        await until(lambda: router.num_served() == 3)
+        assert hung not in router.workers()
+        assert router.workers()[0] == other
+        assert "router worker 0 has hung for 10 s" in router.log.read_text()
+
+
 async def states(connection: Connection) -> dict[str, str]:
     """Return the states of the instances, as a worker lists them."""
     _, raw = await connection.ask("GET", "/admin/instances", key=ADMIN)
