@@ -260,19 +260,34 @@ pd_setup_browser() {
   pd_unlock
 }
 
+# Whether PD_PYTHON imports this very project: from this folder, or from an equal copy of it, as
+# Dockerfile.ascend installs one whose folder the user of the container cannot write to.
+pd_has_project() {
+  (cd / && "$PD_PYTHON" -P - "$PD_REPO") <<'PY' 2>/dev/null
+import importlib.metadata, pathlib, sys
+import ascend_vllm_plugin, vllm_pd
+
+
+def texts(folder):
+    return {file.relative_to(folder): file.read_bytes() for file in folder.rglob("*.py")}
+
+
+repo = pathlib.Path(sys.argv[1])
+for package, parent in ((vllm_pd, repo), (ascend_vllm_plugin, repo / "ascend-vllm-plugin")):
+    importlib.metadata.version(package.__name__.replace("_", "-"))
+    installed, ours = pathlib.Path(package.__file__).parent, parent / package.__name__
+    if installed.resolve() != ours.resolve() and texts(installed) != texts(ours):
+        sys.exit(1)
+PY
+}
+
 # The image's Python has the engine; add this project, and what it imports if it is missing.
 pd_setup_npu() {
   PD_PYTHON=$(command -v "${PYTHON:-python3}")
   PD_LOG=$(mktemp)
-  if (cd / && "$PD_PYTHON" - "$PD_REPO") <<'PY' 2>/dev/null
-import importlib.metadata, pathlib, sys
-import ascend_vllm_plugin, vllm_pd
-importlib.metadata.version("vllm-pd")
-importlib.metadata.version("ascend-vllm-plugin")
-sys.exit(not pathlib.Path(vllm_pd.__file__).is_relative_to(sys.argv[1]))
-PY
-  then
-    return
+  if pd_has_project; then return; fi
+  if [[ ! -w $PD_REPO || ! -w $PD_REPO/ascend-vllm-plugin ]]; then
+    pd_fail "vllm-pd of $PD_REPO is not installed, and $(id -un) cannot write there: as root, run $PD_PYTHON -m pip install --no-deps $PD_REPO $PD_REPO/ascend-vllm-plugin"
   fi
   pd_step "installing what vllm-pd imports, where the image lacks it" \
     pd_pip --requirement "$PD_REPO/requirements/base.in" ||
