@@ -63,7 +63,7 @@ class EngineDevice(DeviceInterface, Protocol):
 
     @property
     def host_index(self) -> str:
-        """Its number on the host, whatever it is called in this process."""
+        """Its number in this container, whatever it is called in this process."""
 
     def make_stream(self) -> Any:
         """Return an ``EngineStream``."""

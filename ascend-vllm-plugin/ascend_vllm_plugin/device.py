@@ -34,7 +34,7 @@ class NpuDevice(TorchDevice):
 
     @property
     def host_index(self) -> str:
-        """Its number on the host, whatever it is called in this process."""
+        """Its number in this container, whatever it is called in this process."""
         return host_index_of(self.index, os.environ.get("ASCEND_RT_VISIBLE_DEVICES"))
 
     def make_stream(self) -> NpuStream:  # type: ignore[override]
@@ -43,7 +43,7 @@ class NpuDevice(TorchDevice):
 
 
 def host_index_of(index: int, visible: str | None) -> str:
-    """Return the number on the host of a process's NPU.
+    """Return the number in its container of a process's NPU.
 
     Args:
         index: its number in the process.
@@ -51,6 +51,15 @@ def host_index_of(index: int, visible: str | None) -> str:
     """
     names = [name.strip() for name in visible.split(",")] if visible else []
     return names[index] if index < len(names) else str(index)
+
+
+def container_id() -> str:
+    """Return what tells this process's container from others of its host.
+
+    NPUs are numbered anew in every container that is given some of them. The number of
+    the mount namespace is of the kernel, so it is unique on the host; namespaces(7).
+    """
+    return str(os.stat("/proc/self/ns/mnt").st_ino)
 
 
 class NpuStream:

@@ -24,6 +24,7 @@ from pathlib import Path
 import msgspec
 
 from ascend_vllm_plugin.backend import Backend, EngineDevice, HcclError
+from ascend_vllm_plugin.device import container_id
 from ascend_vllm_plugin.engine import Engine, Job
 from ascend_vllm_plugin.jobs import Tools
 from ascend_vllm_plugin.moves import Mover
@@ -162,6 +163,7 @@ class HcclTransport(HostTransport):
             host=self._listens_at[0],
             port=self._listens_at[1],
             boot_id=_BOOT_ID.read_text().strip(),
+            container=container_id(),
             device=device.host_index,
             soc=device.soc,
             backend=backend.name,

@@ -37,7 +37,8 @@ class Address(msgspec.Struct, frozen=True, kw_only=True):
         host: address of its link listener.
         port: port of it.
         boot_id: of its host.
-        device: its NPU, numbered on the host.
+        container: of its process; see ``container_id``.
+        device: its NPU, numbered in the container.
         soc: name of the chip.
         backend: name of the backend.
         settings: of the communicators; both sides must have equal ones.
@@ -53,6 +54,7 @@ class Address(msgspec.Struct, frozen=True, kw_only=True):
     backend: str
     settings: str
     chunk_len: int
+    container: str = ""
 
 
 class _Frame(msgspec.Struct, frozen=True, kw_only=True, tag_field="type"):
@@ -162,7 +164,11 @@ def parse_address(text: str) -> Address:
 
 def why_not(ours: Address, theirs: Address) -> str:
     """Say in one line why two workers cannot have a communicator; ``""`` if they can. Pure."""
-    if (ours.boot_id, ours.device) == (theirs.boot_id, theirs.device):
+    if (ours.boot_id, ours.container, ours.device) == (
+        theirs.boot_id,
+        theirs.container,
+        theirs.device,
+    ):
         return (
             f"both workers use NPU {ours.device} of {ours.host}: give the instances different "
             "ASCEND_RT_VISIBLE_DEVICES"

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import msgspec
 import pytest
-from ascend_vllm_plugin.device import host_index_of
+from ascend_vllm_plugin.device import container_id, host_index_of
 from ascend_vllm_plugin.settings import Settings, settings_from
 from ascend_vllm_plugin.wire import Address, parse_address, why_not
 
@@ -15,6 +19,7 @@ OURS = Address(
     host="10.0.0.1",
     port=40000,
     boot_id="host-1",
+    container="pod-1",
     device="0",
     soc="Ascend910B3",
     backend="ctypes",
@@ -45,6 +50,22 @@ def test_two_npus_of_one_host_can_be_linked() -> None:
 
 def test_the_same_number_on_another_host_is_another_npu() -> None:
     assert why_not(OURS, msgspec.structs.replace(OURS, worker="b", boot_id="host-2")) == ""
+
+
+def test_the_same_number_in_another_container_of_the_host_is_another_npu() -> None:
+    assert why_not(OURS, msgspec.structs.replace(OURS, worker="b", container="pod-2")) == ""
+
+
+def test_processes_of_one_container_have_its_id() -> None:
+    command = "from ascend_vllm_plugin.device import container_id; print(container_id())"
+    child = subprocess.run(
+        [sys.executable, "-c", command],
+        env={"PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert child.stdout.strip() == container_id()
 
 
 @pytest.mark.parametrize(
@@ -79,7 +100,7 @@ def test_address_that_is_none_blames_the_peer() -> None:
         (0, "", "0"),
     ],
 )
-def test_npu_is_known_by_its_number_on_the_host(
+def test_npu_is_known_by_its_number_in_the_container(
     index: int, visible: str | None, expected: str
 ) -> None:
     assert host_index_of(index, visible) == expected
