@@ -102,7 +102,7 @@ class ConnectJob(Job):
             move = communicator.send if self._sends else communicator.recv
             move(self._tools.warm, stream)
         except HcclError:
-            communicator.destroy()
+            _destroy(communicator, stream)
             raise
         self.channel = Channel(communicator, stream)
         return stream.record()
@@ -116,7 +116,6 @@ class EndJob(Job):
     def __init__(self, channel: Channel) -> None:
         super().__init__(lambda _: None)
         self._channel = channel
-
         self._event: EngineEvent | None = None
 
     def issue(self) -> EngineEvent | None:  # noqa: D102
@@ -127,8 +126,17 @@ class EndJob(Job):
                 raise NotYetError
         except RuntimeError as exc:  # the stream failed: nothing runs on it any more
             logger.debug("hccl: %s", exc)
-        self._channel.communicator.destroy()
+        _destroy(self._channel.communicator, self._channel.stream)
         return None
+
+
+def _destroy(communicator: Communicator, stream: EngineStream) -> None:
+    """Destroy a communicator while torch issues nothing to the device."""
+    try:
+        _ = stream.handle
+    except RuntimeError as exc:  # what torch has queued will never be issued
+        logger.debug("hccl: %s", exc)
+    communicator.destroy()
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,6 +229,7 @@ class _MoveJob(_StreamJob):
         if elapsed_s >= limit_s:
             # A stream may go on after an operation that waited in vain.
             raise HcclError(f"the peer did not take part within {limit_s:g} s")
+        _ = self._channel.stream.handle  # HCCL is asked while torch issues nothing
         self._channel.communicator.check()
 
 

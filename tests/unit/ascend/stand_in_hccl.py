@@ -1,6 +1,6 @@
 """HCCL between two transports of one process, on the stand-in device. Breaks where its rules are.
 
-- One thread at a time is in a call, for each device.
+- One thread at a time is in a call, for each device, and nothing of torch's is queued then.
 - Creating a communicator blocks until the peer does it, too; so does the first operation.
 - Send and Recv pair in order, on the stream; the lengths must be equal.
 """
@@ -37,17 +37,21 @@ class EngineStandInStream:
         self._device = device
 
     def submit(self, work: Callable[[], object]) -> None:
+        self._device.is_drained = False
         self._stream.submit(work)
 
     def record(self) -> EngineStandInEvent:
+        self._device.is_drained = False
         return EngineStandInEvent(self._stream.record())
 
     def wait(self, mark: Sequence[StandInEvent]) -> None:
+        self._device.is_drained = False
         self._stream.wait(mark)
 
     @property
     def handle(self) -> int:
         self._device.num_drained += 1
+        self._device.is_drained = True
         return id(self._stream)
 
 
@@ -74,6 +78,7 @@ class StandInNpu(StandInDevice):
         self.soc = soc
         self.host_index = f"s{next(_numbers)}" if host_index is None else host_index
         self.num_drained = 0
+        self.is_drained = False
         self.in_call = threading.Lock()
 
     def make_stream(self) -> Any:
@@ -84,6 +89,7 @@ class StandInNpu(StandInDevice):
         """Be in a call of HCCL."""
         assert self.in_call.acquire(blocking=False), "two threads in HCCL at once"
         try:
+            assert self.is_drained, "HCCL called before torch's queue was empty"
             yield
         finally:
             self.in_call.release()
@@ -168,7 +174,8 @@ class StandInCommunicator(Communicator):
         self._issue(stream, work)
 
     def check(self) -> None:
-        assert not self._is_destroyed
+        with self._backend.device.call():
+            assert not self._is_destroyed
 
     def destroy(self) -> None:
         with self._backend.device.call():
