@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from ascend_vllm_plugin.backend import Backend, Communicator, EngineStream, HcclError
+from ascend_vllm_plugin.settings import DEFAULT_EXEC_TIMEOUT, EXEC_TIMEOUT_VARIABLE
 from vllm_pd.transport import inet
 from vllm_pd.transport.lanes import one_line
 
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 BUFFER_VARIABLE = "P2P_HCCL_BUFFSIZE"
-EXEC_TIMEOUT_VARIABLE = "HCCL_EXEC_TIMEOUT"
 _CONNECT_TIMEOUT_S = 120.0  # HCCL_CONNECT_TIMEOUT's default
 
 
@@ -65,7 +65,7 @@ class ProcessGroupBackend(Backend):
         self._host = host
         # torch_npu reads it when it makes a communicator; what the user has set stays.
         self._buffer_mb = os.environ.setdefault(BUFFER_VARIABLE, str(buffer_mb))
-        self._exec_timeout_s = os.environ.get(EXEC_TIMEOUT_VARIABLE, "1836")
+        self._exec_timeout_s = os.environ.get(EXEC_TIMEOUT_VARIABLE) or DEFAULT_EXEC_TIMEOUT
         self._store: Any = None
         if os.environ.get("HCCL_ASYNC_ERROR_HANDLING", "1") != "0":
             logger.warning(

@@ -11,6 +11,8 @@ from vllm_pd.errors import ConfigError
 
 BACKEND_VARIABLE = "VLLM_PD_HCCL_BACKEND"
 BUFFER_VARIABLE = "VLLM_PD_HCCL_BUFFER_MB"
+EXEC_TIMEOUT_VARIABLE = "HCCL_EXEC_TIMEOUT"
+DEFAULT_EXEC_TIMEOUT = "1836"  # HCCL_EXEC_TIMEOUT.md of HCCL 9.1
 BACKENDS = ("ctypes", "process_group")
 DEFAULT_BUFFER_MB = 32
 
@@ -38,7 +40,7 @@ def settings_from(environ: Mapping[str, str], transfer_timeout_s: float) -> Sett
         transfer_timeout_s: the connector's; HCCL takes whole seconds.
 
     Raises:
-        ConfigError: a value is none.
+        ConfigError: a value is none, or ``process_group`` would wait longer than that.
     """
     backend = environ.get(BACKEND_VARIABLE) or BACKENDS[0]
     if backend not in BACKENDS:
@@ -50,4 +52,19 @@ def settings_from(environ: Mapping[str, str], transfer_timeout_s: float) -> Sett
         raise ConfigError(
             f"{BUFFER_VARIABLE}={text} is not between {MIN_BUFFER_MB} and {MAX_BUFFER_MB}"
         )
-    return Settings(backend, int(text), max(1, math.ceil(transfer_timeout_s)))
+    exec_timeout_s = max(1, math.ceil(transfer_timeout_s))
+    if backend == "process_group":
+        _check_exec_timeout(environ, exec_timeout_s)
+    return Settings(backend, int(text), exec_timeout_s)
+
+
+def _check_exec_timeout(environ: Mapping[str, str], limit_s: int) -> None:
+    """Refuse operations of process groups that would outlive the transfers they are for."""
+    text = environ.get(EXEC_TIMEOUT_VARIABLE) or DEFAULT_EXEC_TIMEOUT
+    if not (text.isdecimal() and 1 <= int(text) <= limit_s):  # 0: no end at all
+        raise ConfigError(
+            f"{EXEC_TIMEOUT_VARIABLE} is {text}, and with {BACKEND_VARIABLE}=process_group a lost "
+            f"peer holds requests and their blocks that long, not transfer_timeout_s ({limit_s} s)",
+            hint=f"set {EXEC_TIMEOUT_VARIABLE}={limit_s} on both sides, raise transfer_timeout_s, "
+            f"or use {BACKEND_VARIABLE}=ctypes",
+        )

@@ -19,6 +19,7 @@ class _OnNpu(HostTransportConformance):
     @pytest.fixture(autouse=True)
     def rig(self, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         monkeypatch.setenv("VLLM_PD_HCCL_BACKEND", self.backend)
+        monkeypatch.setenv("HCCL_EXEC_TIMEOUT", "30")  # process_group insists on it
         monkeypatch.setattr("ascend_vllm_plugin.transport.CHUNK_LEN", CHUNK_LEN)
         self._rig = NpuRig()
         yield

@@ -6,6 +6,7 @@ set are left alone.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 
@@ -38,6 +39,21 @@ class Network:
 
     host_ip: str
     interface: str = ""
+
+
+def exec_timeout_env(environ: Mapping[str, str], transfer_timeout_s: float) -> dict[str, str]:
+    """Return what an instance needs whose KV cache goes over process groups.
+
+    Their operations wait for a lost peer as long as HCCL lets all of the process wait,
+    1836 s by default; communicators of ascend-vllm-plugin's own have their own timeout.
+
+    Args:
+        environ: of the instance.
+        transfer_timeout_s: the connector's; HCCL takes whole seconds.
+    """
+    if environ.get("VLLM_PD_HCCL_BACKEND") != "process_group" or "HCCL_EXEC_TIMEOUT" in environ:
+        return {}
+    return {"HCCL_EXEC_TIMEOUT": str(max(1, math.ceil(transfer_timeout_s)))}
 
 
 def port_ranges(num_ranges: int, taken: Collection[int]) -> list[range]:

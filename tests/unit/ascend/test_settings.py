@@ -44,6 +44,26 @@ def test_unknown_backend_is_refused() -> None:
         settings_from({"VLLM_PD_HCCL_BACKEND": "nccl"}, 30.0)
 
 
+@pytest.mark.parametrize("timeout", [None, "1836", "31", "0", "never"])
+def test_process_groups_that_would_wait_longer_than_a_transfer_are_refused(
+    timeout: str | None,
+) -> None:
+    environ = {"VLLM_PD_HCCL_BACKEND": "process_group"}
+    if timeout is not None:
+        environ["HCCL_EXEC_TIMEOUT"] = timeout
+    with pytest.raises(ConfigError, match="HCCL_EXEC_TIMEOUT=30 on both sides"):
+        settings_from(environ, 30.0)
+
+
+def test_process_groups_that_wait_no_longer_than_a_transfer_are_fine() -> None:
+    environ = {"VLLM_PD_HCCL_BACKEND": "process_group", "HCCL_EXEC_TIMEOUT": "30"}
+    assert settings_from(environ, 30.0) == Settings("process_group", 32, 30)
+
+
+def test_execution_timeout_of_the_process_is_nothing_to_communicators_of_ours() -> None:
+    assert settings_from({"HCCL_EXEC_TIMEOUT": "1836"}, 30.0).backend == "ctypes"
+
+
 def test_two_npus_of_one_host_can_be_linked() -> None:
     assert why_not(OURS, THEIRS) == ""
 

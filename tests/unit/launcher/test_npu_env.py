@@ -9,7 +9,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_pd.errors import ConfigError
-from vllm_pd.launcher.npu_env import FIRST_PORT, RANGE_LEN, Network, npu_envs, port_ranges
+from vllm_pd.launcher.npu_env import (
+    FIRST_PORT,
+    RANGE_LEN,
+    Network,
+    exec_timeout_env,
+    npu_envs,
+    port_ranges,
+)
 
 
 @given(
@@ -52,6 +59,25 @@ def test_instances_are_told_address_and_interface() -> None:
 def test_without_a_known_interface_none_is_named() -> None:
     (env,) = npu_envs(1, Network("10.0.0.7"), (), {})
     assert not [name for name in env if name.endswith("IFNAME")]
+
+
+def test_process_groups_wait_no_longer_than_a_transfer() -> None:
+    environ = {"VLLM_PD_HCCL_BACKEND": "process_group"}
+    assert exec_timeout_env(environ, 29.5) == {"HCCL_EXEC_TIMEOUT": "30"}
+
+
+@pytest.mark.parametrize(
+    "environ",
+    [
+        {},
+        {"VLLM_PD_HCCL_BACKEND": "ctypes"},
+        {"VLLM_PD_HCCL_BACKEND": "process_group", "HCCL_EXEC_TIMEOUT": "20"},
+    ],
+)
+def test_execution_timeout_is_left_alone_where_it_does_not_matter_or_is_set(
+    environ: dict[str, str],
+) -> None:
+    assert exec_timeout_env(environ, 30.0) == {}
 
 
 def test_what_the_user_sets_is_left_alone() -> None:

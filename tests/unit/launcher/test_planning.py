@@ -118,6 +118,14 @@ def test_npu_instances_of_several_hosts_use_the_address_that_peers_know() -> Non
     assert (spec.env["HCCL_IF_IP"], spec.env["HCCL_SOCKET_IFNAME"]) == ("10.0.0.7", "enp1s0")
 
 
+def test_npu_instances_with_process_groups_give_a_lost_peer_up_in_time() -> None:
+    topology = Topology(
+        env={"VLLM_PD_HCCL_BACKEND": "process_group"},
+        connector=ConnectorConfig(transfer_timeout_s=20.0),
+    )
+    assert process(plan_of(topology, NPU), "decode-0").env["HCCL_EXEC_TIMEOUT"] == "20"
+
+
 def test_npu_for_two_instances_is_refused() -> None:
     group = InstanceGroup(tp=2, devices=(2, 3))
     with pytest.raises(ConfigError, match="NPU 2, 3 is given to two instances"):
