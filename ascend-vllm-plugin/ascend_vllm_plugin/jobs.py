@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -67,6 +68,7 @@ class ConnectJob(Job):
 
     Attributes:
         channel: once it is done, and well.
+        blocked_s: time that HCCL held the engine's thread.
     """
 
     def __init__(
@@ -83,6 +85,7 @@ class ConnectJob(Job):
         self._sends = sends
         self._stream: EngineStream | None = None
         self.channel: Channel | None = None
+        self.blocked_s = 0.0
 
     def issue(self) -> EngineEvent | None:  # noqa: D102
         if self._stream is None:
@@ -92,6 +95,14 @@ class ConnectJob(Job):
         _ = stream.handle  # from here to the end nothing of torch's may be waiting
         if not self._meeting.attend(MEETING_WINDOW_S):
             raise NotYetError
+        started = time.monotonic()
+        try:
+            self.channel = self._connect(stream)
+        finally:
+            self.blocked_s = time.monotonic() - started
+        return stream.record()
+
+    def _connect(self, stream: EngineStream) -> Channel:
         is_leader = self._meeting.is_leader
         root = self._meeting.root
         if is_leader:
@@ -104,8 +115,7 @@ class ConnectJob(Job):
         except HcclError:
             _destroy(communicator, stream)
             raise
-        self.channel = Channel(communicator, stream)
-        return stream.record()
+        return Channel(communicator, stream)
 
 
 class EndJob(Job):

@@ -17,7 +17,7 @@ from ascend_vllm_plugin.engine import Engine
 from ascend_vllm_plugin.jobs import Channel, ConnectJob, EndJob, Tools
 from ascend_vllm_plugin.meeting import Meeting
 from ascend_vllm_plugin.turns import Action, Step, Turns
-from ascend_vllm_plugin.wire import AnyFrame, Grant, Request, SetUpFrame
+from ascend_vllm_plugin.wire import Address, AnyFrame, Grant, Request, SetUpFrame
 from vllm_pd.errors import RemoteProtocolError
 from vllm_pd.transport.links import Direction
 
@@ -32,22 +32,30 @@ class Pair:
         name: unique on this worker, also over time.
         peer_id: the session's.
         direction: which half of transfers is here.
-        worker: id of the other one.
+        address: of the other one.
         meeting: of the engines.
         job: what creates the communicator, once both have their turn.
         channel: once it is created, until the pair ends.
+        started: when the job was put, of ``time.monotonic``.
+        blocked_s: time that HCCL held the engine for it.
         is_over: the link is lost; a new link is a new pair.
     """
 
     name: str
     peer_id: str
     direction: Direction
-    worker: str
+    address: Address
     meeting: Meeting
     job: ConnectJob | None = None
     channel: Channel | None = None
     started: float = 0.0
+    blocked_s: float = 0.0
     is_over: bool = False
+
+    @property
+    def worker(self) -> str:
+        """Id of the other one."""
+        return self.address.worker
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,16 +100,16 @@ class Pairs:
         self._pairs: dict[str, Pair] = {}
         self._numbers = itertools.count()
 
-    def begin(self, peer_id: str, direction: Direction, worker: str) -> Pair:
+    def begin(self, peer_id: str, direction: Direction, address: Address) -> Pair:
         """Set a pair up whose link is there, or will be; return it."""
         pair: Pair
 
         def post(frame: SetUpFrame) -> None:
             self._send(pair, frame)
 
-        is_leader = self._local.worker < worker
+        is_leader = self._local.worker < address.worker
         name = f"{next(self._numbers)}:{direction.name}:{peer_id}"
-        pair = Pair(name, peer_id, direction, worker, Meeting(is_leader=is_leader, post=post))
+        pair = Pair(name, peer_id, direction, address, Meeting(is_leader=is_leader, post=post))
         self._pairs[pair.name] = pair
         if is_leader:
             self._take(self._turns.want(pair.name))
@@ -165,6 +173,7 @@ class Pairs:
         """Take note of the end of a set-up."""
         assert pair.job is not None
         job, pair.job = pair.job, None
+        pair.blocked_s = job.blocked_s
         self._take(self._turns.end(pair.name))
         if job.channel is not None and (error is not None or pair.is_over):
             self._local.engine.put(EndJob(job.channel))

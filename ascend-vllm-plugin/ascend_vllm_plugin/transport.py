@@ -32,6 +32,7 @@ from ascend_vllm_plugin.opening import open_backend, open_npu
 from ascend_vllm_plugin.pairs import Local, Pair, Pairs
 from ascend_vllm_plugin.settings import Settings, settings_from
 from ascend_vllm_plugin.transfers import Buffers, Transfer, view_of
+from ascend_vllm_plugin.verdicts import Verdicts
 from ascend_vllm_plugin.wire import (
     Abandoned,
     Address,
@@ -75,9 +76,6 @@ CHUNK_LEN = 16 * 1024 * 1024
 
 NUM_BUFFERS = 4
 """Transfers that can move at the same time, for each direction."""
-
-RETRY_S = 300.0
-"""Pause before HCCL is tried again with a worker that it could not be linked with."""
 
 MAX_WANTED = 4096
 _WARM_LEN = 512
@@ -127,7 +125,7 @@ class HcclTransport(HostTransport):
         self._transfers: dict[_Key, deque[Transfer]] = {}
         self._wants: dict[str, dict[int, Want]] = {}
         self._outbox: deque[tuple[Pair, AnyFrame]] = deque()
-        self._unlinkable: dict[str, float] = {}  # workers, and until when
+        self._verdicts = Verdicts()
         self._refusal = ""
         self._said: set[str] = set()
 
@@ -183,7 +181,7 @@ class HcclTransport(HostTransport):
         assert self._address is not None
         theirs = parse_address(self._links.parse_endpoint(endpoint).address)
         reason = why_not(self._address, theirs)
-        if not reason and self._unlinkable.get(theirs.worker, 0.0) > time.monotonic():
+        if not reason and self._verdicts.forbids(theirs):
             return False  # said when it happened
         if reason:
             self._refuse(theirs.worker, reason)
@@ -247,8 +245,8 @@ class HcclTransport(HostTransport):
         key = peer_id, direction
         if key not in self._pairs_by_key:
             self._transfers[key] = deque()
-            worker = self._peers[peer_id].worker
-            self._pairs_by_key[key] = self._pairs.begin(peer_id, direction, worker)
+            address = self._peers[peer_id]
+            self._pairs_by_key[key] = self._pairs.begin(peer_id, direction, address)
         return self._pairs_by_key[key]
 
     def _use_pair(self, pair: Pair) -> None:
@@ -257,10 +255,21 @@ class HcclTransport(HostTransport):
     def _give_pair_up(self, pair: Pair, reason: str, has_begun: bool) -> None:  # noqa: FBT001
         """Take note that HCCL cannot link two workers; what follows goes another way."""
         if has_begun:
-            self._unlinkable[pair.worker] = time.monotonic() + RETRY_S
-            self._refuse(pair.worker, f"cannot be linked: {reason}")
+            is_gone = pair.is_over
+            reason = f"cannot be linked: {reason}"
+            if self._verdicts.add(pair.address, blocked_s=pair.blocked_s, is_gone=is_gone):
+                reason += f"; it took {pair.blocked_s:.0f} s, so its host is left alone for hours"
+                self._give_place_up(pair, reason)
+            self._refuse(pair.worker, reason)
         if not pair.is_over:
             self._lose(pair.peer_id, pair.direction, reason)
+
+    def _give_place_up(self, failed: Pair, reason: str) -> None:
+        """Let no other worker of a host be tried that waits for its turn."""
+        for pair in list(self._pairs_by_key.values()):
+            is_there = pair.address.place == failed.address.place
+            if is_there and pair is not failed and pair.channel is None:
+                self._lose(pair.peer_id, pair.direction, reason)
 
     def _refuse(self, worker: str, reason: str) -> None:
         self._refusal = reason
@@ -275,7 +284,7 @@ class HcclTransport(HostTransport):
         if pair is None:
             return
         if pair.job is not None and pair.meeting.is_settled:
-            self._unlinkable[pair.worker] = time.monotonic() + RETRY_S
+            self._verdicts.add(pair.address)
         for transfer in self._transfers.pop((peer_id, direction)):
             self._drop(transfer)
         self._pairs.end(pair)

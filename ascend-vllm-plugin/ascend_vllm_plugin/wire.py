@@ -56,6 +56,11 @@ class Address(msgspec.Struct, frozen=True, kw_only=True):
     chunk_len: int
     container: str = ""
 
+    @property
+    def place(self) -> str:
+        """The container it is in, unique over hosts."""
+        return f"{self.boot_id}/{self.container}"
+
 
 class _Frame(msgspec.Struct, frozen=True, kw_only=True, tag_field="type"):
     pass

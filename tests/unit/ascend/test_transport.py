@@ -118,6 +118,26 @@ def test_workers_that_cannot_be_linked_do_not_try_again(
     assert any("cannot be linked: HCCL error 11" in line for line in lines)
 
 
+def test_host_that_hccl_held_the_engine_up_for_is_left_alone(
+    rig: Rig, make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ascend_vllm_plugin.verdicts.STALL_S", 0.0)
+    producer, other, consumer = make("p0"), make("p1"), make("decode")
+    introduce(producer, consumer)
+    for backend in rig.backends:
+        backend.refusal = "HCCL error 9 (TIMEOUT)"
+    producer.transport.send_blocks(SESSION, 1, [0])
+    consumer.transport.recv_blocks(SESSION, 1, [1])
+    outcomes_of(producer, consumer)
+    endpoint = other.transport.local_endpoint()
+    drive(
+        *(producer, consumer),
+        until=lambda: (
+            not consumer.transport.can_reach(endpoint) or not producer.transport.can_reach(endpoint)
+        ),
+    )
+
+
 @pytest.mark.parametrize(
     ("theirs", "words"),
     [
