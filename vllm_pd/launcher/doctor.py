@@ -85,6 +85,8 @@ def examine(device: str | None, environ: Mapping[str, str]) -> list[Check]:
             check_hccn(HCCN_CONF, len(machine.pool)),
             check_cann(environ, TOOLKIT),
         ]
+    if "VLLM_PLUGINS" in environ:
+        checks.append(check_plugins(machine.device, environ["VLLM_PLUGINS"]))
     checks += [
         check_ports(used_ports(), with_hccl=machine.device == "npu"),
         check_shared_memory(shutil.disk_usage(SHARED_MEMORY).total / 2**30),
@@ -120,6 +122,20 @@ def check_versions(device: str, version: Callable[[str], str | None]) -> Check:
         advice = f"{', '.join(missing)} not installed: use the image, or pd_example/setup_env.sh"
         return Check("versions", Verdict.PROBLEM, found or "nothing", advice)
     return Check("versions", Verdict.OK, found)
+
+
+def check_plugins(device: str, value: str) -> Check:
+    """Look whether vLLM will load what it is to load, where that is restricted.
+
+    Args:
+        device: which serves.
+        value: VLLM_PLUGINS; vLLM takes its parts as they are (``vllm/envs.py`` of 0.32).
+    """
+    wanted = ("ascend", "vllm_pd") if device == "npu" else ("vllm_pd",)
+    if missing := [name for name in wanted if name not in value.split(",")]:
+        advice = f"add {','.join(missing)} without spaces, or unset it: vLLM loads no others"
+        return Check("VLLM_PLUGINS", Verdict.PROBLEM, value or "empty", advice)
+    return Check("VLLM_PLUGINS", Verdict.OK, value)
 
 
 def check_file(name: str, path: Path, advice: str) -> Check:

@@ -15,6 +15,7 @@ from vllm_pd.launcher.doctor import (
     check_devices,
     check_file,
     check_hccn,
+    check_plugins,
     check_ports,
     check_shared_memory,
     check_versions,
@@ -69,6 +70,31 @@ def test_what_is_not_installed_is_named(missing: str, verdict: Verdict, advice: 
     installed = {name: version for name, version in IMAGE.items() if name != missing}
     check = check_versions("npu", installed.get)
     assert (check.verdict, advice in check.advice) == (verdict, True)
+
+
+@pytest.mark.parametrize(
+    ("device", "value", "advice"),
+    [
+        ("cpu", "", "add vllm_pd "),
+        ("cpu", "lora_resolver, vllm_pd", "add vllm_pd "),
+        ("npu", "vllm_pd", "add ascend "),
+        ("npu", "ascend_kv_connector", "add ascend,vllm_pd "),
+    ],
+)
+def test_plugins_that_vllm_will_not_load_are_a_problem(
+    device: str, value: str, advice: str
+) -> None:
+    check = check_plugins(device, value)
+    assert (check.verdict, advice in check.advice) == (Verdict.PROBLEM, True)
+
+
+def test_plugins_that_vllm_will_load_are_fine() -> None:
+    assert check_plugins("npu", "ascend,vllm_pd").verdict is Verdict.OK
+
+
+def test_plugins_are_looked_at_where_they_are_restricted() -> None:
+    (check,) = [c for c in examine("cpu", {"VLLM_PLUGINS": "x"}) if c.name == "VLLM_PLUGINS"]
+    assert check.found == "x"
 
 
 def test_driver_tells_its_version(tmp_path: Path) -> None:
