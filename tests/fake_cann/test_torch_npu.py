@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from tests.fake_cann.build import environment
+from tests.fake_cann.python import find_npu_python
 from tests.fake_cann.ranks import REPOSITORY
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(480)]
@@ -18,12 +17,7 @@ TESTS = Path(__file__).resolve().parent / "in_torch_npu"
 
 @pytest.fixture(scope="module")
 def npu_python() -> str:
-    """Return the Python that imports torch_npu."""
-    made = Path(sys.prefix) / "torch-npu" / "bin" / "python"
-    python = os.environ.get("PYTHON_TORCH_NPU") or str(made)
-    if not Path(python).exists():
-        pytest.skip("no environment with torch-npu: bash tests/run.sh makes it")
-    return python
+    return find_npu_python()
 
 
 def test_npu_tests_pass_in_torch_npu(npu_python: str, fake_cann: Path) -> None:

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 import shutil
 import subprocess
 import sys
@@ -15,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.fake_cann.build import build, environment
+from tests.fake_cann.python import find_npu_python
 
 pytestmark = [
     pytest.mark.slow,
@@ -33,12 +33,7 @@ ROOT = HERE.parent.parent
 
 @pytest.fixture(scope="module")
 def npu_python() -> str:
-    """Return the Python that has torch_npu."""
-    made = Path(sys.prefix) / "torch-npu" / "bin" / "python"
-    python = os.environ.get("PYTHON_TORCH_NPU") or str(made)
-    if not Path(python).exists():
-        pytest.skip("no environment with torch-npu: bash tests/run.sh makes it")
-    return python
+    return find_npu_python()
 
 
 @pytest.fixture(scope="module")
