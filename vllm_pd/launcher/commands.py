@@ -71,7 +71,9 @@ def prepare(
     Raises:
         ConfigError: the topology does not fit this machine.
     """
-    machine = find_machine(topology.device, os.environ)
+    connector = topology.connector
+    host = None if connector.is_loopback else connector.side_channel_host
+    machine = find_machine(topology.device, os.environ, host=host)
     if topology.model is None:
         path, name = str(run_dir.demo_model_path), DEMO_MODEL_NAME
     else:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vllm_pd.errors import ConfigError
-from vllm_pd.launcher.network import find_host_ip, interface_of, used_ports
+from vllm_pd.launcher.network import find_host_ip, interface_of, resolve, used_ports
 from vllm_pd.launcher.npu_env import Network
 from vllm_pd.launcher.npu_smi import Npu, parse_info
 
@@ -47,15 +47,19 @@ class Machine:
     npus: tuple[Npu, ...] = ()
 
 
-def find_machine(device: str | None, environ: Mapping[str, str]) -> Machine:
+def find_machine(
+    device: str | None, environ: Mapping[str, str], *, host: str | None = None
+) -> Machine:
     """Look at this machine.
 
     Args:
         device: what to use; None: an NPU, else a GPU, else the CPU.
         environ: may narrow the pool by the engine's own ``*_VISIBLE_DEVICES``.
+        host: name or address that peers reach NPUs of this machine by; None: that of its
+            route to others.
 
     Raises:
-        ConfigError: unknown device, or none of that kind here.
+        ConfigError: unknown device, or none of that kind here; or the host has no address.
     """
     if device is None:
         device = detect_device(environ)
@@ -65,7 +69,7 @@ def find_machine(device: str | None, environ: Mapping[str, str]) -> Machine:
         raise ConfigError(f"no {NOUNS[device]} found", hint="DEVICE=cpu serves on the CPU")
     if device != "npu":
         return Machine(device, pool, available_memory_gib())
-    host_ip = find_host_ip()
+    host_ip = find_host_ip() if host is None else resolve(host)
     network = Network(host_ip, interface_of(host_ip)) if host_ip else None
     return Machine(device, pool, available_memory_gib(), network, used_ports(), query_npus())
 

@@ -7,6 +7,8 @@ import socket
 import struct
 from pathlib import Path
 
+from vllm_pd.errors import ConfigError
+
 _SIOCGIFADDR = 0x8915
 _ELSEWHERE = "192.0.2.1"  # reserved for documentation; nothing is sent to it
 
@@ -20,6 +22,22 @@ def find_host_ip() -> str | None:
             return None
         host: str = probe.getsockname()[0]
     return host
+
+
+def resolve(host: str) -> str:
+    """Return the address of a host name, IPv4 if it has one; HCCL_IF_IP takes no names.
+
+    Raises:
+        ConfigError: it has none.
+    """
+    try:
+        found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError) as exc:  # UnicodeError: it cannot be a name at all
+        raise ConfigError(
+            f"side_channel_host {host} has no address: {exc}",
+            hint="name the address that other hosts reach this host by",
+        ) from exc
+    return str(min(found, key=lambda entry: entry[0])[4][0])  # AF_INET < AF_INET6
 
 
 def interface_of(host_ip: str) -> str:

@@ -25,7 +25,7 @@ from vllm_pd.config import (
 )
 from vllm_pd.errors import ConfigError
 from vllm_pd.launcher.devices import NOUNS, VISIBLE_DEVICES, Machine
-from vllm_pd.launcher.npu_env import Network, exec_timeout_env, npu_envs
+from vllm_pd.launcher.npu_env import exec_timeout_env, npu_envs
 from vllm_pd.launcher.npu_smi import complaints
 from vllm_pd.launcher.plan import ROUTER, DeploymentPlan, ProcessSpec, Timing
 from vllm_pd.launcher.ports import http_url
@@ -189,13 +189,8 @@ def _with_npu_env(
         )
     if machine.npus and (found := complaints(machine.npus, wanted)):
         raise ConfigError("; ".join(found))
-    network = machine.network
-    if not topology.connector.is_loopback:
-        host_ip = topology.connector.side_channel_host
-        same = network is not None and network.host_ip == host_ip
-        network = network if same else Network(host_ip)
     taken = machine.used_ports | {topology.router.port, *(_port_of(spec) for spec in instances)}
-    envs = npu_envs(len(instances), network, taken, environ)
+    envs = npu_envs(len(instances), machine.network, taken, environ)
     timeout_s = topology.connector.transfer_timeout_s
     return [
         _with_default_env(spec, env | exec_timeout_env({**environ, **spec.env}, timeout_s))

@@ -14,6 +14,7 @@ from vllm_pd.launcher.devices import (
     one_thread_per_core,
     visible_pool,
 )
+from vllm_pd.launcher.npu_env import Network
 
 GPU_LISTING = """\
 GPU 0: NVIDIA A100-SXM4-80GB (UUID: GPU-1)
@@ -62,6 +63,11 @@ def test_the_cpu_machine_has_cores_and_memory() -> None:
     machine = find_machine("cpu", {})
     assert machine.pool
     assert machine.mem_available_gib > 0
+
+
+def test_npus_are_reached_by_the_host_that_is_named_and_its_interface() -> None:
+    machine = find_machine("npu", {"ASCEND_RT_VISIBLE_DEVICES": "0"}, host="localhost")
+    assert machine.network == Network("127.0.0.1", "lo")
 
 
 def test_one_hardware_thread_of_each_core_is_kept() -> None:
