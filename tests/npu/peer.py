@@ -7,6 +7,7 @@ A line of standard input is a command; every answer is a line in JSON.
 
 from __future__ import annotations
 
+import ctypes
 import json
 import subprocess
 import sys
@@ -84,6 +85,9 @@ def main(engine_id: str, device: str) -> None:
             case ["hold"]:
                 engine.is_held.set()
                 say("held")
+            case ["set", str(name), str(value)]:
+                ctypes.CDLL("libascendcl.so").fakeSet(name.encode(), value.encode())
+                say("set")
             case other:
                 raise ValueError(other)
 

@@ -31,6 +31,7 @@ AUTO = msgspec.structs.replace(CONFIG, transport="auto")
 TCP_CONNECT = 11  # HCCL_E_TCP_CONNECT
 
 Fail = Callable[[str], None]
+Set = Callable[[str, str], None]
 
 
 @pytest.fixture
@@ -47,15 +48,24 @@ def make() -> Iterator[Make]:
 
 
 @pytest.fixture
-def fail() -> Iterator[Fail]:
-    """Makes calls of the double fail, as NAME:CALL:CODE."""
+def fake_set() -> Iterator[Set]:
+    """Sets a variable of the double in this process, for one test."""
     double = ctypes.CDLL("libascendcl.so")
+    changed: set[str] = set()
 
-    def fail(calls: str) -> None:
-        double.fakeSet(b"FAKE_CANN_FAIL", calls.encode())
+    def fake_set(name: str, value: str) -> None:
+        changed.add(name)
+        double.fakeSet(name.encode(), value.encode())
 
-    yield fail
-    fail("")
+    yield fake_set
+    for name in changed:
+        double.fakeSet(name.encode(), b"")
+
+
+@pytest.fixture
+def fail(fake_set: Set) -> Fail:
+    """Makes calls of the double fail, as NAME:CALL:CODE."""
+    return lambda calls: fake_set("FAKE_CANN_FAIL", calls)
 
 
 def expect_recompute(engine: NpuEngine, request_id: str, blocks: set[int]) -> None:
@@ -125,6 +135,32 @@ def test_producer_that_dies_before_it_sends_costs_a_recompute_at_once(make: Make
         peer.kill()
         expect_recompute(consumer, "decode-b", {5, 6})
         assert time.monotonic() - started < CONFIG.transfer_timeout_s
+
+
+@pytest.mark.parametrize("event", ["complete", "error"])
+def test_producer_that_dies_while_it_sends_costs_a_recompute_within_the_timeout(
+    make: Make, fake_set: Set, event: str
+) -> None:
+    fake_set("FAKE_CANN_FAILED_EVENT", event)
+    consumer = make("d", (1,), GQA, first=10**6)
+    with Peer("p", 2) as peer:
+        peer.ask("grant", "a", [1, 2])
+        consumer.workers[0].start([request_of(peer, "a")], [], [])
+        assert consumer.finished(0) == (set(), {"decode-a"})
+        assert consumer.workers[0].take_invalid_block_ids() == set()
+        peer.ask("set", "FAKE_CANN_TASK_US", "60000000")  # its gathering never ends
+        peer.ask("grant", "b", [3, 4])
+        consumer.workers[0].start([request_of(peer, "b")], [], [])
+        time.sleep(1.0)  # the receiving is issued, see below
+        started = time.monotonic()
+        peer.kill()
+        expect_recompute(consumer, "decode-b", {5, 6})
+        waited_s = time.monotonic() - started
+    # Had it not been issued, losing the link would have ended the request at once.
+    assert 1.0 < waited_s < CONFIG.transfer_timeout_s
+    fetch_once(make("q", (0,), GQA), consumer, "c")
+    assert consumer.finished(0) == (set(), {"decode-c"})
+    assert consumer.workers[0].take_invalid_block_ids() == set()  # digests are compared
 
 
 def test_consumer_that_dies_holds_the_blocks_no_longer_than_hccl_holds_the_sender(
