@@ -8,6 +8,9 @@ in ``get_request`` of ``vllm/benchmarks/serve.py``. That generator is run twice 
 same random state: once on a clock that stands still, which shows what it would wait for
 each request, and then as it is.
 
+Upstream also takes a stream that broke off for a success; here it is a failure, if an
+error event says so or if it is shorter than what --ignore-eos makes sure of.
+
 PLAN is a list of runs as JSON, made one after the other in this process, because
 importing vLLM takes longer than many a run: ``args`` of ``vllm bench serve``; ``schedule``,
 a file for the times; ``partial``, a file for the requests so far if the run is
@@ -30,11 +33,70 @@ from typing import Any
 
 import numpy as np
 from vllm.benchmarks import serve
-from vllm.benchmarks.lib.endpoint_request_func import ASYNC_REQUEST_FUNCS
+from vllm.benchmarks.lib import endpoint_request_func
+from vllm.benchmarks.lib.endpoint_request_func import (
+    ASYNC_REQUEST_FUNCS,
+    OPENAI_COMPATIBLE_BACKENDS,
+    StreamedResponseHandler,
+)
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 _UNFINISHED = "interrupted"
 """Error of requests that were under way then; ``load.UNFINISHED``, which imports less."""
+
+
+class CheckedStream(StreamedResponseHandler):
+    """Fails a request whose stream brings an error.
+
+    Upstream skips an event without ``choices``, and takes every request for a success of
+    which it saw one token. What is raised here it notes as the request's error.
+    """
+
+    def add_chunk(self, chunk_bytes: bytes) -> list[str]:
+        """Return the complete events.
+
+        Raises:
+            RuntimeError: one of them is an error.
+        """
+        messages: list[str] = super().add_chunk(chunk_bytes)
+        for message in messages:
+            if (error := error_in(message)) is not None:
+                raise RuntimeError(f"the stream ended with an error: {error}")
+        return messages
+
+
+def error_in(message: str) -> str | None:
+    """Return what a server-sent event says of an error, in one line; None: it is none."""
+    if '"error"' not in message:  # nearly always: do not parse twice what is measured
+        return None
+    for line in message.splitlines():
+        if not line.startswith("data:"):
+            continue
+        try:
+            data = json.loads(line.removeprefix("data:"))
+        except json.JSONDecodeError:
+            continue
+        if isinstance(data, dict) and (error := data.get("error")):
+            text = error.get("message") if isinstance(error, dict) else error
+            return " ".join(str(text or error).split())
+    return None
+
+
+def check_length(asked: Any, output: Any) -> None:
+    """Fail a request that ended before the length that it could not end before.
+
+    Without a usage event, which a stream that is cut off has not, its chunks count.
+
+    Args:
+        asked: upstream's ``RequestFuncInput``.
+        output: upstream's ``RequestFuncOutput``, which is changed.
+    """
+    if not (asked.ignore_eos and output.success):
+        return
+    num_tokens = output.output_tokens or 1 + len(output.itl)
+    if num_tokens < asked.output_len:
+        output.success = False
+        output.error = f"ended after {num_tokens} of {asked.output_len} tokens"
 
 
 class Recorder:
@@ -62,8 +124,10 @@ class Recorder:
     def install(self) -> None:
         """Put this between upstream's parts."""
         _put(serve, "get_request", self._recorded(serve.get_request))
+        _put(endpoint_request_func, "StreamedResponseHandler", CheckedStream)
         for name, function in list(ASYNC_REQUEST_FUNCS.items()):
-            ASYNC_REQUEST_FUNCS[name] = self._noted(function)
+            has_length = name in OPENAI_COMPATIBLE_BACKENDS
+            ASYNC_REQUEST_FUNCS[name] = self._noted(function, has_length=has_length)
 
     def partial(self) -> dict[str, Any]:
         """Return the requests so far, as upstream's result has them."""
@@ -92,15 +156,18 @@ class Recorder:
 
         return recorded
 
-    def _noted(self, function: Callable[..., Any]) -> Callable[..., Any]:
+    def _noted(self, function: Callable[..., Any], *, has_length: bool) -> Callable[..., Any]:
         async def noted(request_func_input: Any, *args: Any, **kwargs: Any) -> Any:
             if not self._is_running:  # upstream's own test or warm-up
                 return await function(request_func_input, *args, **kwargs)
             sent = {"input": request_func_input, "output": None, "start": time.perf_counter()}
             self._sent.append(sent)
-            sent["output"] = await function(request_func_input, *args, **kwargs)
+            output = await function(request_func_input, *args, **kwargs)
+            if has_length:
+                check_length(request_func_input, output)
+            sent["output"] = output
             self._tell(b".")
-            return sent["output"]
+            return output
 
         return noted
 

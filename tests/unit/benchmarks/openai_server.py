@@ -25,6 +25,8 @@ class Behaviour:
         gap_s: seconds between tokens.
         is_serial: serve one request after the other.
         lose_every: drop every so manyth request; 0: none.
+        cut_every: end the stream of every so manyth cleanly after half of its tokens.
+        err_every: end it there with an error event, as vLLM does.
         on_prompt: called with the number of each prompt.
     """
 
@@ -32,6 +34,8 @@ class Behaviour:
     gap_s: float = 0.002
     is_serial: bool = False
     lose_every: int = 0
+    cut_every: int = 0
+    err_every: int = 0
     on_prompt: Callable[[int], object] = int
     prompts: list[Any] = field(default_factory=list)
 
@@ -72,8 +76,7 @@ def _app(behaviour: Behaviour) -> web.Application:
         number = len(behaviour.prompts)
         behaviour.on_prompt(number)
         async with turn if behaviour.is_serial else contextlib.nullcontext():
-            is_lost = behaviour.lose_every and number % behaviour.lose_every == 0
-            return await _stream(request, body, behaviour, is_lost=bool(is_lost))
+            return await _stream(request, body, behaviour, number)
 
     async def health(_request: web.Request) -> web.Response:
         return web.Response()
@@ -86,17 +89,27 @@ def _app(behaviour: Behaviour) -> web.Application:
 
 
 async def _stream(
-    request: web.Request, body: dict[str, Any], behaviour: Behaviour, *, is_lost: bool
+    request: web.Request, body: dict[str, Any], behaviour: Behaviour, request_number: int
 ) -> web.StreamResponse:
     response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
     await response.prepare(request)
     await asyncio.sleep(behaviour.first_s)
+    is_lost, is_cut, has_error = (
+        bool(every) and request_number % every == 0
+        for every in (behaviour.lose_every, behaviour.cut_every, behaviour.err_every)
+    )
     if is_lost and request.transport is not None:
         request.transport.abort()
         return response
     for number in range(body["max_tokens"]):
         if number:
             await asyncio.sleep(behaviour.gap_s)
+        if number == body["max_tokens"] // 2 and has_error:
+            await _send(response, {"error": {"message": "engine\ndied", "code": 500}})
+            await response.write(b"data: [DONE]\n\n")
+            return response
+        if number == body["max_tokens"] // 2 and is_cut:
+            return response
         await _send(response, {"choices": [{"index": 0, "text": "x"}]})
     usage = {"prompt_tokens": len(body["prompt"]), "completion_tokens": body["max_tokens"]}
     await _send(response, {"choices": [], "usage": usage})

@@ -101,6 +101,31 @@ def test_lost_requests_are_counted_against_the_service(
 @pytest.mark.vllm
 @pytest.mark.timeout(300)
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("behaviour", "error"),
+    [
+        (Behaviour(cut_every=10), "ended after 32 of 64 tokens"),
+        (
+            Behaviour(err_every=10),
+            "RuntimeError: the stream ended with an error: engine died",
+        ),
+    ],
+)
+def test_stream_that_breaks_off_after_some_tokens_is_a_failure(
+    tmp_path: Path, behaviour: Behaviour, error: str
+) -> None:
+    with serving(behaviour) as url:
+        args = ["--workload", "balanced", "--request-rate", "30", *GOODPUT, "--warm-up", "0"]
+        data = measure(url, tmp_path / "x.json", *args, num=30)
+    found = data["measured"]["figures"]
+    assert found["errors"] == {error: 3}
+    assert found["failed"] == 3
+    assert found["attainment"]["value"] <= 0.9
+
+
+@pytest.mark.vllm
+@pytest.mark.timeout(300)
+@pytest.mark.slow
 def test_datasets_of_upstream_pass_through_with_their_arrivals_known(
     server: str, tmp_path: Path
 ) -> None:
