@@ -95,6 +95,11 @@ class Cell:
         return sum(figures.request_rate for figures in self.figures) / len(self.figures)
 
     @property
+    def count(self) -> int:
+        """Requests of all runs."""
+        return sum(figures.count for figures in self.figures)
+
+    @property
     def failed(self) -> int:
         """Requests of all runs that failed."""
         return sum(figures.failed for figures in self.figures)
@@ -121,7 +126,16 @@ class Duel:
         ]
         if found := self.named(Verdict.OPEN):
             parts.append(f"{Verdict.OPEN.value}: {', '.join(one.name for one in found)}")
-        text = f"{self.ours.deployment} against {self.theirs.deployment} is " + "; ".join(parts)
+        names = f"{self.ours.deployment} against {self.theirs.deployment}"
+        text = f"{names} is " + "; ".join(parts)
+        if self.named(Verdict.WITHHELD):
+            text = f"{names}: {Verdict.WITHHELD.value}"
+        if self.ours.failed or self.theirs.failed:
+            text += " (failed: " + ", ".join(
+                f"{cell.failed} of {cell.count} requests of {cell.deployment}"
+                for cell in (self.ours, self.theirs)
+            )
+            text += "; latencies are those of the others)"
         loose = [c.deployment for c in (self.ours, self.theirs) if c.regime is Regime.UNSTABLE]
         if loose and not math.isinf(self.ours.level.rate):
             text += f" (no steady state: {' and '.join(loose)}; the ratios depend on the duration)"

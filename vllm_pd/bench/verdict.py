@@ -26,6 +26,7 @@ class Verdict(enum.Enum):
     BETTER = "better"
     WORSE = "worse"
     OPEN = "not distinguishable"
+    WITHHELD = "no verdict, as other requests failed"
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,11 +37,14 @@ class Finding:
         metric: one of ``METRICS``.
         statistic: one of ``STATISTICS``.
         comparison: ratio and difference in milliseconds, ours against theirs.
+        is_paired: whether the same requests were answered by both. Those that fail are
+            often the slow ones, so leaving them out on one side makes that side look good.
     """
 
     metric: str
     statistic: str
     comparison: Comparison
+    is_paired: bool = True
 
     @property
     def name(self) -> str:
@@ -50,6 +54,8 @@ class Finding:
     @property
     def verdict(self) -> Verdict:
         """What can be said."""
+        if not self.is_paired:
+            return Verdict.WITHHELD
         return verdict_of(self.comparison.ratio)
 
 
@@ -75,11 +81,17 @@ def compare(
         metrics: which latencies.
         seed: of the bootstrap.
     """
+    is_paired = _answered(ours) == _answered(theirs)
     findings = []
     for metric in metrics:
         first, second = ([metric_values(run, metric) for run in runs] for runs in (ours, theirs))
         compared = paired_bootstrap(first, second, list(STATISTICS.values()), seed=seed)
         findings += [
-            Finding(metric, name, one) for name, one in zip(STATISTICS, compared, strict=True)
+            Finding(metric, name, one, is_paired)
+            for name, one in zip(STATISTICS, compared, strict=True)
         ]
     return findings
+
+
+def _answered(runs: Sequence[Sequence[Record]]) -> list[list[bool]]:
+    return [[record.is_ok for record in run] for run in runs]

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
 import numpy as np
 
 from benchmarks.comparing.cells import Cell, Level
@@ -21,10 +25,26 @@ def cell(
     level: Level = LEVEL,
     seeds: int = 2,
     count: int = 80,
+    lose_every: int = 0,
 ) -> Cell:
-    """Return a cell; every arrival stalls what streams then by ``stall_s``."""
+    """Return a cell; every arrival stalls what streams then by ``stall_s``.
+
+    Every ``lose_every``th request fails; 0: none.
+    """
     runs = tuple(run(stall_s, ttft_s, level.rate, seed, count) for seed in range(seeds))
+    if lose_every:
+        runs = tuple(replace(one, records=losing(one.records, lose_every)) for one in runs)
     return Cell(deployment, "balanced", level, runs, tuple(make_figures(one) for one in runs))
+
+
+def losing(records: Sequence[Record], every: int) -> list[Record]:
+    """Return the same with some that failed."""
+    return [
+        replace(record, first_s=math.nan, gaps_s=(), output_len=0, error="OSError: reset")
+        if number % every == 0
+        else record
+        for number, record in enumerate(records, 1)
+    ]
 
 
 def run(stall_s: float, ttft_s: float, rate: float, seed: int, count: int) -> Run:

@@ -49,6 +49,22 @@ def test_equal_services_are_not_distinguished() -> None:
     assert {finding.verdict for finding in duel.findings} == {Verdict.OPEN}
 
 
+def test_verdict_is_withheld_if_one_side_lost_requests() -> None:
+    (duel,) = duels([cell(PD, ttft_s=0.1, lose_every=10), cell(REPLICAS)], PD)
+    assert {finding.verdict for finding in duel.findings} == {Verdict.WITHHELD}
+    assert duel.sentence().startswith("pd against replicas: no verdict, as other requests failed")
+    assert "16 of 160 requests of pd, 0 of 160 requests of replicas" in duel.sentence()
+
+
+def test_failures_of_the_same_requests_are_named_beside_the_verdict() -> None:
+    (duel,) = duels(
+        [cell(PD, ttft_s=0.1, lose_every=10), cell(REPLICAS, lose_every=10)],
+        PD,
+    )
+    assert "TTFT mean" in {finding.name for finding in duel.named(Verdict.BETTER)}
+    assert "(failed: 16 of 160 requests of pd, 16 of 160" in duel.sentence()
+
+
 def test_only_the_same_load_is_compared() -> None:
     assert duels([cell(PD), cell(REPLICAS, level=Level(0.25, 1.0))], PD) == []
     assert duels([cell(PD), cell(REPLICAS, count=50)], PD) == []  # it was interrupted
