@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -155,7 +155,15 @@ def goodput_ratio(
 
 
 def _crossing_of(trials: Sequence[Trial], target: float) -> float:
-    return crossing({trial.rate: trial.attainment.value for trial in trials}, target)
+    return crossing({trial.rate: _share_of(trial) for trial in trials}, target)
+
+
+def _share_of(trial: Trial) -> float:
+    """Return the attainment, which tends to 0 where the queue grows for as long as one asks.
+
+    What was measured there only shows how long the run was.
+    """
+    return trial.attainment.value if trial.is_stable else 0.0
 
 
 def _redrawn(trials: Sequence[Trial], rng: np.random.Generator) -> list[Trial]:
@@ -163,7 +171,7 @@ def _redrawn(trials: Sequence[Trial], rng: np.random.Generator) -> list[Trial]:
     num_seeds = min(len(trial.outcomes) for trial in trials)
     seeds = rng.integers(num_seeds, size=num_seeds)
     return [
-        Trial(trial.rate, [_redrawn_run(trial.outcomes[seed], rng) for seed in seeds])
+        replace(trial, outcomes=[_redrawn_run(trial.outcomes[seed], rng) for seed in seeds])
         for trial in trials
     ]
 

@@ -60,6 +60,13 @@ def test_unstable_rate_never_passes() -> None:
     assert not Trial(1.0, [[True] * 100], is_stable=False).passes(0.9)
 
 
+def test_goodput_lies_below_a_rate_without_a_steady_state() -> None:
+    overload = Trial(2.0, [[True] * 100], is_stable=False)
+    found = goodput_interval([trial(1.0, 98), overload], 0.9, seed=1)
+    assert 1.0 < found.value < 1.2
+    assert found.high < 1.2
+
+
 def test_rate_above_one_that_failed_is_not_believed() -> None:
     plan = Search(start=1.0, trials=[trial(1.0, 100), trial(2.0, 50), trial(3.0, 100)])
     assert plan.best == 1.0
