@@ -6,9 +6,10 @@
 Without --base-url it starts each deployment of ``compare.py`` on the same devices, one
 after the other, and reports the ratio of PD's goodput to that of each other one. The
 search doubles or halves the rate until it knows one that passes and one that fails, then
-bisects. A rate passes if the service kept pace and the lower bound of the 95 % interval of
-the part of requests that met both objectives, over all seeds, reaches 90 %. All deployments
-get the same requests. What is behind -- goes to every `vllm serve`.
+bisects. A rate passes if the runs show that the service kept pace and the lower bound of
+the 95 % interval of the part of requests that met both objectives, over all seeds, reaches
+90 %. All deployments get the same requests, and every rate gets others. What is behind --
+goes to every `vllm serve`.
 """
 
 from __future__ import annotations
@@ -145,32 +146,59 @@ def make_report(plan: Plan, found: Found, environment: dict[str, str]) -> Report
     rows: list[Row] = []
     notes = list(found.notes)
     for name, search in found.searches.items():
-        labels = {"deployment": name, "workload": plan.workload}
-        crossing = goodput_interval(search.trials, plan.target, seed=1)
-        bounds = (crossing.low, crossing.high)
+        labels = {"deployment": name, "workload": plan.workload, "search": _state(search)}
         rows.append(Row(labels, "highest rate that passed", search.best, "req/s"))
-        rows.append(Row(labels, "goodput", crossing.value, "req/s", *bounds))
-        if not search.best:
-            notes.append(f"{name} met the objectives at no rate that was tried")
+        if _is_known(search):
+            crossing = goodput_interval(search.trials, plan.target, seed=1)
+            bounds = (crossing.low, crossing.high)
+            rows.append(Row(labels, "goodput", crossing.value, "req/s", *bounds))
+        else:
+            notes.append(_unknown(name, search))
     for name, search in found.searches.items():
         if name == PD or PD not in found.searches:
             continue
         ours = found.searches[PD]
-        ratio = goodput_ratio(ours.trials, search.trials, plan.target, seed=1)
-        labels = {"deployment": PD, "workload": plan.workload, "against": name}
-        rows.append(Row(labels, "ratio of goodputs", ratio.value, "x", ratio.low, ratio.high))
-        notes.append(_sentence(name, ratio.low, ratio.high))
+        if _is_known(ours) and _is_known(search):
+            ratio = goodput_ratio(ours.trials, search.trials, plan.target, seed=1)
+            labels = {"deployment": PD, "workload": plan.workload, "against": name}
+            rows.append(Row(labels, "ratio of goodputs", ratio.value, "x", ratio.low, ratio.high))
+            notes.append(_sentence(name, ratio.low, ratio.high))
+        else:
+            notes.append(f"PD against {name}: no ratio, as not both goodputs are known")
     trials = {name: [_plain(trial) for trial in s.trials] for name, s in found.searches.items()}
     objective = f"{plan.target:.0%} of the requests with {plan.objectives}"
     return Report("goodput", {**environment, "objective": objective}, rows, notes, trials)
 
 
+def _is_known(search: Search) -> bool:
+    """Return whether a search ended between a rate that passed and one that failed."""
+    return search.is_over and search.has_passed and search.has_failed
+
+
+def _state(search: Search) -> str:
+    if not search.is_over:
+        return "unfinished"
+    return "over" if _is_known(search) else "without a bound"
+
+
+def _unknown(name: str, search: Search) -> str:
+    """Say what a search that found no goodput has found."""
+    if not search.is_over:
+        found = f"at least {number(search.best)} req/s" if search.has_passed else "unknown"
+        return f"the search of {name} is unfinished: its goodput is {found}"
+    if search.has_passed:
+        least = f"its goodput is at least {number(search.best)} req/s"
+        return f"{name} failed at no rate that was tried: {least}"
+    return f"{name} met the objectives at no rate that was tried"
+
+
 def _sentence(name: str, low: float, high: float) -> str:
+    bounds = f"{number(low)} to {number(high)} x" if math.isfinite(high) else f">= {number(low)} x"
     if low > 1:
-        return f"PD has more goodput than {name} ({number(low)} to {number(high)} x)"
+        return f"PD has more goodput than {name} ({bounds})"
     if high < 1:
-        return f"PD has less goodput than {name} ({number(low)} to {number(high)} x)"
-    return f"PD and {name} are not distinguishable ({number(low)} to {number(high)} x)"
+        return f"PD has less goodput than {name} ({bounds})"
+    return f"PD and {name} are not distinguishable ({bounds})"
 
 
 def _plain(trial: Trial) -> dict[str, object]:
@@ -217,12 +245,17 @@ def _search(subject: Subject, plan: Plan, found: Found, console: Console) -> Non
             raise KeyboardInterrupt
         (cell,) = cells
         outcomes = [[plan.objectives.are_met_by(r) for r in run.records] for run in cell.runs]
-        trial = Trial(next_rate, outcomes, is_stable=cell.regime is not Regime.UNSTABLE)
+        trial = Trial(next_rate, outcomes, is_stable=cell.regime is Regime.STEADY)
         search.tell(trial)
+        if cell.regime is Regime.SHORT:
+            found.notes.append(
+                f"{subject.name}, {next_rate:.3g} req/s: the runs were too short to tell whether "
+                "it kept pace, so the rate counts as failed; use a longer --duration"
+            )
         found.searches[subject.name] = search
         share = trial.attainment
         verdict = "passes" if trial.passes(plan.target) else "fails"
-        stability = "" if trial.is_stable else ", no steady state"
+        stability = "" if trial.is_stable else f", {cell.regime.value}"
         console.print(
             f"{subject.name}: {next_rate:.3g} req/s {verdict}: {share.value:.1%} "
             f"({share.low:.1%} to {share.high:.1%}) met the objectives{stability}"

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from vllm_pd.bench.stats import NUM_RESAMPLES, Interval, interval_of, redrawn, wilson
+from vllm_pd.bench.stats import NUM_RESAMPLES, Interval, interval_of, ratio, redrawn, wilson
 from vllm_pd.errors import ConfigError
 
 _FACTOR = 2.0
@@ -76,6 +76,21 @@ class Search:
     def best(self) -> float:
         """Highest rate that passed below every rate that failed; 0 if none did."""
         return max((t.rate for t in self._passed() if t.rate < self._limit()), default=0.0)
+
+    @property
+    def is_over(self) -> bool:
+        """Whether there is no rate left to measure."""
+        return self.next_rate() is None
+
+    @property
+    def has_passed(self) -> bool:
+        """Whether the goodput has a lower bound: a rate that passed."""
+        return self.best > 0
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether it has an upper bound: a rate that failed."""
+        return math.isfinite(self._limit())
 
     def next_rate(self) -> float | None:
         """Return the rate to measure next, or None: the search is over."""
@@ -143,15 +158,16 @@ def goodput_interval(trials: Sequence[Trial], target: float, *, seed: int) -> In
 def goodput_ratio(
     ours: Sequence[Trial], theirs: Sequence[Trial], target: float, *, seed: int
 ) -> Interval:
-    """Return the ratio of two goodputs, first over second, with its bootstrap interval."""
+    """Return the ratio of two goodputs, first over second, with its bootstrap interval.
+
+    A bound is infinite where the second one may be 0.
+    """
     rng = np.random.default_rng(seed)
     draws = []
     for _ in range(NUM_RESAMPLES):
-        low = _crossing_of(_redrawn(theirs, rng), target)
-        draws.append(_crossing_of(_redrawn(ours, rng), target) / low if low else math.nan)
-    below = _crossing_of(theirs, target)
-    value = _crossing_of(ours, target) / below if below else math.nan
-    return interval_of(value, draws)
+        other = _crossing_of(_redrawn(theirs, rng), target)
+        draws.append(ratio(_crossing_of(_redrawn(ours, rng), target), other))
+    return interval_of(ratio(_crossing_of(ours, target), _crossing_of(theirs, target)), draws)
 
 
 def _crossing_of(trials: Sequence[Trial], target: float) -> float:

@@ -160,7 +160,7 @@ def paired_bootstrap(
 
 def _compared(one: float, other: float, draws: Sequence[tuple[float, float]]) -> Comparison:
     return Comparison(
-        ratio=interval_of(_ratio(one, other), [_ratio(a, b) for a, b in draws]),
+        ratio=interval_of(ratio(one, other), [ratio(a, b) for a, b in draws]),
         difference=interval_of(one - other, [a - b for a, b in draws]),
     )
 
@@ -180,12 +180,16 @@ def redrawn(count: int, rng: np.random.Generator) -> npt.NDArray[np.int64]:
 def interval_of(value: float, draws: Sequence[float]) -> Interval:
     """Return an estimate with the percentile interval of its redrawn values.
 
-    Values that are not finite are left out; without any other the bounds are NaN.
+    Infinite ones count as such; NaNs are left out, and without any other the bounds are NaN.
     """
-    usable = np.asarray([draw for draw in draws if math.isfinite(draw)])
+    usable = np.asarray([draw for draw in draws if not math.isnan(draw)])
     if not usable.size:
         return Interval(value, math.nan, math.nan)
-    low, high = np.percentile(usable, (50 * (1 - LEVEL), 50 * (1 + LEVEL)))
+    if np.isfinite(usable).all():
+        low, high = np.percentile(usable, (50 * (1 - LEVEL), 50 * (1 + LEVEL)))
+    else:  # there is nothing between a number and infinity
+        low = np.percentile(usable, 50 * (1 - LEVEL), method="lower")
+        high = np.percentile(usable, 50 * (1 + LEVEL), method="higher")
     return Interval(value, float(low), float(high))
 
 
@@ -222,5 +226,8 @@ def _redraw(counts: Sequence[int], rng: np.random.Generator) -> _Choice:
     return [(int(index), redrawn(counts[index], rng)) for index in runs_drawn]
 
 
-def _ratio(one: float, other: float) -> float:
-    return one / other if other else math.nan
+def ratio(one: float, other: float) -> float:
+    """Return the ratio of two figures of which none is negative; NaN of 0 to 0."""
+    if other:
+        return one / other
+    return math.inf if one > 0 else math.nan

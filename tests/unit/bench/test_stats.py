@@ -128,6 +128,12 @@ def test_redrawing_keeps_neighbours_together() -> None:
     assert steps == pytest.approx(0.9, abs=0.01)
 
 
+def test_interval_counts_a_ratio_to_nothing_as_infinite() -> None:
+    found = interval_of(2.0, [*np.linspace(1.0, 3.0, 90), *[math.inf] * 10])
+    assert found.high == math.inf
+    assert 1.0 < found.low < 1.2
+
+
 def test_interval_of_nothing_finite_has_no_bounds() -> None:
     found = interval_of(1.0, [math.nan])
     assert math.isnan(found.low)
