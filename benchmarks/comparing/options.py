@@ -59,7 +59,8 @@ def make_site(args: argparse.Namespace, folder: Path) -> Site:
         path = folder / "model"
         write_untrained_model(path, GEOMETRY)
         model = str(path)
-    engine_args = tuple(args.args) or (_OWN_ARGS if args.model is None else ())
+    # The user's come last, so that they win.
+    engine_args = (*(_OWN_ARGS if args.model is None else ()), *args.args)
     return Site(model, device, pool, engine_args, args.kv_gib, folder)
 
 
