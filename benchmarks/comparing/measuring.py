@@ -78,7 +78,7 @@ def measure_cells(
     asked = [(level, seed) for level in levels for seed in range(1, effort.seeds + 1)]
     loads = []
     for level, seed in asked:
-        made = _workload(workload, level.rate, effort.count(level), seed, subject.target)
+        made = requests_of(workload, level, effort, seed, subject.target.max_len)
         loads.append(Load(subject.target, len(made.requests), ("--seed", str(seed)), made))
     title = f"{subject.name}, {workload}"
     phases = [(f"{title}, warming up", WARM_UP)]
@@ -111,6 +111,27 @@ def measure_cells(
     return cells, runs[-1].is_interrupted
 
 
-def _workload(name: str, rate: float, count: int, seed: int, target: Target) -> Workload:
-    made = make_workload(name, shape_of(name), count=count, rate=rate, seed=seed)
-    return made if target.max_len is None else cap_lengths(made, target.max_len)
+def requests_of(
+    workload: str, level: Level, effort: Effort, seed: int, max_len: int | None
+) -> Workload:
+    """Return what a run asks: the same of every deployment, and no prompt of another run.
+
+    Prompts that come again would be found in prefix caches, and by a router that knows who
+    has them.
+
+    Args:
+        workload: its name.
+        level: the load.
+        effort: how much to ask.
+        seed: of the run.
+        max_len: tokens of prompt and output that the model takes; None: any number.
+    """
+    made = make_workload(
+        workload,
+        shape_of(workload),
+        count=effort.count(level),
+        rate=level.rate,
+        seed=seed,
+        salt=f"{workload} {level.rate!r}",
+    )
+    return made if max_len is None else cap_lengths(made, max_len)

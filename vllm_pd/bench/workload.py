@@ -7,6 +7,7 @@ traces, which ``vllm bench serve --dataset-name timed_trace`` makes token ids fr
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -26,6 +27,9 @@ _FIRST_OWN_ID = 1 << 30
 """Ids of chunks that only one request has; below are those of shared prefixes."""
 _IDS_PER_PREFIX = 1 << 14
 _OTHER_IDS = 1 << 60
+_IDS_PER_SALT = 1 << 64
+_SALT_LEN = 6
+"""Bytes of the digest of a salt."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +119,9 @@ def shape_of(name: str) -> Shape:
     return shape
 
 
-def make_workload(name: str, shape: Shape, *, count: int, rate: float, seed: int) -> Workload:
+def make_workload(
+    name: str, shape: Shape, *, count: int, rate: float, seed: int, salt: str = ""
+) -> Workload:
     """Draw a workload.
 
     Args:
@@ -125,6 +131,8 @@ def make_workload(name: str, shape: Shape, *, count: int, rate: float, seed: int
         rate: per second; ``inf``: all at once.
         seed: the same seed gives the same requests; arrival pattern and lengths do not
             depend on each other, so that another rate asks the same.
+        salt: another one gives other prompts of the same lengths, shared prefixes
+            included, so that what a service kept of one run does not serve the next.
 
     Raises:
         ConfigError: no requests, or a rate that is not positive.
@@ -140,7 +148,7 @@ def make_workload(name: str, shape: Shape, *, count: int, rate: float, seed: int
     output_lens = shape.outputs.draw(count, length_rng)
     prefixes = prefix_rng.integers(shape.num_prefixes, size=count)
     arrivals = gamma_arrivals(count, rate, shape.cv, arrival_rng)
-    ids = _Ids(seed)
+    ids = _Ids(seed, salt)
     requests = tuple(
         Request(
             arrival_s=float(arrival_s),
@@ -235,18 +243,26 @@ def to_timed_trace(workload: Workload) -> str:
 class _Ids:
     """Gives out chunk ids."""
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, salt: str) -> None:
         self._seed = seed
+        self._salt = _salt_id(salt) * _IDS_PER_SALT
         self._count = 0
 
     def of(self, prompt_len: int, prefix: int, shared: float) -> tuple[int, ...]:
         """Return the ids of a prompt whose beginning is shared, in whole chunks."""
         num_chunks = -(-prompt_len // CHUNK_LEN)
         num_shared = round(shared * prompt_len / CHUNK_LEN)
-        first = self._seed * _IDS_PER_SEED + (1 + prefix) * _IDS_PER_PREFIX
+        first = self._salt + self._seed * _IDS_PER_SEED + (1 + prefix) * _IDS_PER_PREFIX
         own = own_chunk_ids(self._count, prompt_len, CHUNK_LEN, self._seed)
         self._count += 1
-        return (*range(first, first + num_shared), *own[num_shared:num_chunks])
+        salted = (self._salt + one for one in own[num_shared:num_chunks])
+        return (*range(first, first + num_shared), *salted)
+
+
+def _salt_id(salt: str) -> int:
+    """Return a number for a salt, 0 for none; the same in every process, unlike a hash."""
+    digest = hashlib.blake2b(salt.encode(), digest_size=_SALT_LEN)
+    return int.from_bytes(digest.digest(), "big") if salt else 0
 
 
 def _chunks(request: Request, chunk_len: int) -> Sequence[tuple[int, int]]:

@@ -69,6 +69,19 @@ def test_lengths_are_those_of_the_trace(
     assert sum(output_lens(workload)) / 20_000 == pytest.approx(output_mean, rel=0.15)
 
 
+def test_another_salt_asks_others_of_the_same_lengths_at_the_same_times() -> None:
+    shape = shape_of("prefix-reuse")
+    one, other = (
+        make_workload("prefix-reuse", shape, count=50, rate=1.0, seed=1, salt=salt)
+        for salt in ("a", "b")
+    )
+    assert prompt_lens(one) == prompt_lens(other)
+    assert [r.arrival_s for r in one.requests] == [r.arrival_s for r in other.requests]
+    ids = [{chunk for r in made.requests for chunk in r.chunk_ids} for made in (one, other)]
+    assert not ids[0] & ids[1]
+    assert ideal_hit_rate(one) == ideal_hit_rate(other)
+
+
 def test_prompts_share_nothing_unless_told_to() -> None:
     assert ideal_hit_rate(made("azure-code")) == 0.0
 

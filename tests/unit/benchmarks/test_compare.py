@@ -16,12 +16,14 @@ from benchmarks import compare
 from benchmarks.comparing import options
 from benchmarks.comparing.cells import Cell, Level, duels
 from benchmarks.comparing.deployments import PD, REPLICAS, Site, device_env, routed, topology
+from benchmarks.comparing.measuring import Effort, requests_of
 from benchmarks.comparing.plots import draw_all
 from benchmarks.comparing.report import write_report
 from benchmarks.transfer.pair import BenchError
 from tests.unit.benchmarks.openai_server import Behaviour, serving
 from tests.unit.benchmarks.synthetic import cell
 from vllm_pd.bench.verdict import Verdict
+from vllm_pd.bench.workload import with_other_prompts
 from vllm_pd.config import Topology, from_mapping
 
 
@@ -175,6 +177,35 @@ def test_bad_option_is_one_line(
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
+
+
+def test_no_prompt_of_a_comparison_comes_twice() -> None:
+    effort = Effort(seeds=2, duration_s=60.0, at_once=16)
+    levels = [Level(None, math.inf), Level(0.25, 0.5), Level(0.7, 1.4), Level(None, 1.41)]
+    first_chunks = [
+        request.chunk_ids[0]
+        for workload in compare.WORKLOADS
+        for level in levels
+        for seed in (1, 2)
+        for asked in [requests_of(workload, level, effort, seed, 4096)]
+        for one in (asked, with_other_prompts(asked))  # the warm-up
+        for request in one.requests
+    ]
+    assert len(set(first_chunks)) == len(first_chunks)
+
+
+def test_every_deployment_is_asked_the_same() -> None:
+    effort = Effort(seeds=1, duration_s=60.0, at_once=16)
+    asked = [requests_of("balanced", Level(0.7, 1.4), effort, 1, None) for _ in range(2)]
+    assert asked[0] == asked[1]
+
+
+def test_arguments_of_the_user_come_after_those_of_the_untrained_model(tmp_path: Path) -> None:
+    argv = ["--device", "cpu", "--devices", "0,1", "--", "--max-num-seqs", "4"]
+    args = options.make_parser("x", "").parse_args(argv)
+    made = options.make_site(args, tmp_path).args
+    assert "--no-enable-prefix-caching" in made
+    assert made[-2:] == ("--max-num-seqs", "4")
 
 
 def test_odd_number_of_devices_is_refused(tmp_path: Path) -> None:
