@@ -47,8 +47,8 @@ class Steadiness:
         reason: one line for people.
         start_s: where the window begins, in seconds since the start of the run.
         end_s: where it ends: at the last arrival.
-        completion_rate: requests that left per request that came, by the trend of the
-            number in flight; NaN where there is no window.
+        completion_rate: requests that were answered meanwhile per request that came, by
+            the trend of the number in flight; NaN where there is no window.
     """
 
     regime: Regime
@@ -67,7 +67,8 @@ def judge(records: Sequence[Record]) -> Steadiness:
 
     The trend counts if it is significant against the fluctuation that a steady service
     shows, whose memory is about as long as a request: the slope of a series with
-    memory L over a time T has the standard error s / T * sqrt(24 L / T).
+    memory L over a time T has the standard error s / T * sqrt(24 L / T). Requests that
+    failed are in no queue, so they do not count as in flight, nor as answered.
 
     Args:
         records: of one run, in the order of arrival; at least one.
@@ -86,12 +87,14 @@ def judge(records: Sequence[Record]) -> Steadiness:
     # Of those that came first: in overload the later ones would take the queue for memory.
     memory = min(_long_request_s(in_window[: -(-len(in_window) // 3)]), duration)
     error = max(residual, 0.5) * math.sqrt(24 * memory / duration)
-    rate = 1 - growth / len(in_window)
-    if rate < _MIN_COMPLETION_RATE and growth > _SIGNIFICANT * error:
+    failed = sum(not record.is_ok for record in in_window)
+    rate = 1 - (growth + failed) / len(in_window)
+    lost = f" ({failed} failed)" if failed else ""
+    if 1 - growth / len(in_window) < _MIN_COMPLETION_RATE and growth > _SIGNIFICANT * error:
         return Steadiness(
             Regime.UNSTABLE,
-            f"overload: only {rate:.0%} of what came was answered meanwhile, and the number in "
-            f"flight grew by {growth:.0f}; the latencies show the length of the run",
+            f"overload: only {rate:.0%} of what came was answered meanwhile{lost}, and the "
+            f"number in flight grew by {growth:.0f}; the latencies show the length of the run",
             start,
             end,
             rate,
@@ -107,7 +110,7 @@ def judge(records: Sequence[Record]) -> Steadiness:
         )
     return Steadiness(
         Regime.STEADY,
-        f"steady for {duration:.1f} s; {rate:.1%} of what came was answered meanwhile",
+        f"steady for {duration:.1f} s; {rate:.1%} of what came was answered meanwhile{lost}",
         start,
         end,
         rate,

@@ -32,6 +32,15 @@ def test_overload_is_never_called_steady_and_mostly_named(load: float, count: in
     assert share_of(Regime.UNSTABLE, load, count) >= 0.9
 
 
+@pytest.mark.parametrize(("load", "share"), [(0.5, 0.8), (1.6, 0.5)])
+def test_requests_that_failed_are_not_said_to_be_answered(load: float, share: float) -> None:
+    records = queue(load, 500, 1)
+    records[::5] = [record(due=one.intended_s, error="lost") for one in records[::5]]
+    found = judge(records)
+    assert found.completion_rate == pytest.approx(share, abs=0.06)
+    assert "(92 failed)" in found.reason
+
+
 def test_all_at_once_is_no_steady_state() -> None:
     found = judge(serve([0.0] * 50, 0.1))
     assert found.regime is Regime.UNSTABLE
