@@ -136,9 +136,10 @@ class Duel:
                 for cell in (self.ours, self.theirs)
             )
             text += "; latencies are those of the others)"
-        loose = [c.deployment for c in (self.ours, self.theirs) if c.regime is Regime.UNSTABLE]
-        if loose and not math.isinf(self.ours.level.rate):
-            text += f" (no steady state: {' and '.join(loose)}; the ratios depend on the duration)"
+        regimes = {cell.deployment: cell.regime for cell in (self.ours, self.theirs)}
+        if set(regimes.values()) != {Regime.STEADY}:
+            named = ", ".join(f"{name} {regime.value}" for name, regime in regimes.items())
+            text += f" (no steady state: {named}; the ratios may depend on the duration)"
         return text + "."
 
 
@@ -162,11 +163,12 @@ def cell_rows(cells: Iterable[Cell]) -> list[Row]:
             rows += make_rows(figures, **cell.labels, run=str(seed))
         for metric in METRICS:
             runs = [metric_values(records, metric) for records in cell.records]
+            labels = {**cell.labels, "regime": cell.regime.value}
             found = bootstrap(runs, (mean, percentile(99)), seed=1)
             for name, interval in zip(("mean", "p99"), found, strict=True):
                 bounds = (interval.low, interval.high)
                 figure = f"compared_{metric}_{name}"
-                rows.append(Row(cell.labels, figure, interval.value, "ms", *bounds))
+                rows.append(Row(labels, figure, interval.value, "ms", *bounds))
     return rows
 
 
@@ -174,7 +176,12 @@ def duel_rows(found: Iterable[Duel]) -> list[Row]:
     """Return the ratios."""
     rows: list[Row] = []
     for duel in found:
-        labels = {**duel.ours.labels, "against": duel.theirs.deployment}
+        labels = {
+            **duel.ours.labels,
+            "regime": duel.ours.regime.value,
+            "against": duel.theirs.deployment,
+            "regime of that": duel.theirs.regime.value,
+        }
         for finding in duel.findings:
             ratio = finding.comparison.ratio
             labelled = {**labels, "verdict": finding.verdict.value}

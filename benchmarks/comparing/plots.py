@@ -152,7 +152,7 @@ def _curve(cells: Sequence[Cell]) -> Figure:
             points = [(cell.request_rate, _of(cell, metric, statistic), cell) for cell in mine]
             axis.plot([p[0] for p in points], [p[1] for p in points], **_style(deployment))
             for rate, value, cell in points:
-                is_steady = cell.regime is not Regime.UNSTABLE
+                is_steady = cell.regime is Regime.STEADY
                 axis.plot(
                     [rate],
                     [value],
@@ -165,7 +165,7 @@ def _curve(cells: Sequence[Cell]) -> Figure:
         axis.set_xlabel("answered requests per second")
         axis.set_ylabel(f"{METRICS[metric]} {name}, ms")
         _plain_numbers(axis.yaxis, axis.get_ylim())
-    _finish(figure, f"{cells[0].workload}; hollow marks: no steady state")
+    _finish(figure, f"{cells[0].workload}; hollow marks: not known to be steady")
     return figure
 
 

@@ -38,9 +38,10 @@ class Figures:
         request_rate: answered requests per second of that.
         output_rate: generated tokens per second of that.
         total_rate: prompt and generated tokens per second of that.
-        window_request_rate: answers per second of the steady window, without the drain.
+        window_request_rate: answers per second of the window, without the drain.
         latencies: of all requests, by metric, in milliseconds.
-        window: the same of requests that were due in the steady window.
+        window: the same of requests that were due in the window, which is steady if
+            ``steadiness`` says so.
         steadiness: whether latencies say something about the service.
         lag: of the client, in milliseconds.
         is_scheduled: whether the lag is known, and latencies count from the intended
@@ -49,6 +50,7 @@ class Figures:
         objectives: what was required; None: nothing.
         attainment: part of the requests that met it.
         stages: where the time went, if a router of this project served.
+        is_interrupted: whether the user ended the run early.
     """
 
     count: int
@@ -68,11 +70,17 @@ class Figures:
     objectives: Objectives | None = None
     attainment: Interval | None = None
     stages: Sequence[Stage] = ()
+    is_interrupted: bool = False
 
     @property
     def warnings(self) -> list[str]:
         """What must be said beside the figures."""
         found = []
+        if self.is_interrupted:
+            found.append(
+                f"interrupted: these are the {self.count} requests that were over by then; those "
+                "under way, which are the long ones, are left out"
+            )
         if self.steadiness.regime is not Regime.STEADY:
             found.append(f"{self.steadiness.regime.value}: {self.steadiness.reason}")
         if self.failed:
@@ -133,23 +141,25 @@ def make_figures(
         objectives=objectives,
         attainment=attainment(records, objectives) if objectives else None,
         stages=stages,
+        is_interrupted=run.is_interrupted,
     )
 
 
 def make_rows(figures: Figures, **labels: str) -> list[Row]:
-    """Return the figures one by one; ``labels`` say of what."""
+    """Return the figures one by one, with the regime; ``labels`` say of what."""
     rows: list[Row] = []
+    labelled = {**labels, "regime": figures.steadiness.regime.value}
 
     def add(figure: str, value: float, unit: str, interval: Interval | None = None) -> None:
         bounds = (interval.low, interval.high) if interval else (None, None)
-        rows.append(Row(labels, figure, value, unit, *bounds))
+        rows.append(Row(labelled, figure, value, unit, *bounds))
 
     add("duration", figures.duration_s, "s")
     add("request_throughput", figures.request_rate, "req/s")
-    add("request_throughput_steady", figures.window_request_rate, "req/s")
+    add("window_request_throughput", figures.window_request_rate, "req/s")
     add("output_throughput", figures.output_rate, "tok/s")
     add("total_throughput", figures.total_rate, "tok/s")
-    for prefix, latencies in (("", figures.latencies), ("steady_", figures.window)):
+    for prefix, latencies in (("", figures.latencies), ("window_", figures.window)):
         for metric, summary in latencies.items():
             for name in ("mean", "p50", "p90", "p99"):
                 add(f"{prefix}{metric}_{name}", getattr(summary, name), "ms")

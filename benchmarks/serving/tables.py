@@ -17,11 +17,10 @@ _LATENCY_HEADER = ("ms", "mean", "median", "P90", "P99")
 def tables(figures: Figures) -> list[Table]:
     """Return the tables for the terminal."""
     made = [_table("Serving benchmark", ("", ""), _throughput(figures))]
-    titles = {
-        "Latency of all requests, from the intended arrival": figures.latencies,
-        "Latency in the steady window": figures.window,
-    }
-    made += [_table(title, _LATENCY_HEADER, _latency(found)) for title, found in titles.items()]
+    made += [
+        _table(title, _LATENCY_HEADER, _latency(found))
+        for title, found in _latencies(figures).items()
+    ]
     if figures.stages:
         header = ("stage (mean of what was timed)", "clock", "ms", "count")
         made.append(_table("Where the time went", header, _stages(figures)))
@@ -33,15 +32,22 @@ def markdown(figures: Figures) -> str:
     parts = [
         *(f"**{warning}**" for warning in figures.warnings),
         markdown_table(("figure", "value"), _throughput(figures)),
-        "Latency of all requests, from the intended arrival:",
-        markdown_table(_LATENCY_HEADER, _latency(figures.latencies)),
-        "Latency in the steady window:",
-        markdown_table(_LATENCY_HEADER, _latency(figures.window)),
     ]
+    for title, found in _latencies(figures).items():
+        parts += [f"{title}:", markdown_table(_LATENCY_HEADER, _latency(found))]
     if figures.stages:
         header = ("stage (mean of what was timed)", "clock", "ms", "count")
         parts += ["Where the time went:", markdown_table(header, _stages(figures))]
     return "\n\n".join(parts) + "\n"
+
+
+def _latencies(figures: Figures) -> dict[str, Mapping[str, Summary]]:
+    """Return latencies by title, which says whether they are those of a steady service."""
+    regime = figures.steadiness.regime.value
+    return {
+        f"Latency of all requests, from the intended arrival ({regime})": figures.latencies,
+        f"Latency without the first tenth of the arrivals ({regime})": figures.window,
+    }
 
 
 def _throughput(figures: Figures) -> list[tuple[str, str]]:
@@ -50,7 +56,7 @@ def _throughput(figures: Figures) -> list[tuple[str, str]]:
         ("failed", str(figures.failed)),
         ("duration, s", number(figures.duration_s)),
         ("request throughput, req/s", number(figures.request_rate)),
-        ("the same in the steady window", number(figures.window_request_rate)),
+        ("the same without start and drain", number(figures.window_request_rate)),
         ("output throughput, tok/s", number(figures.output_rate)),
         ("total throughput, tok/s", number(figures.total_rate)),
         ("regime", figures.steadiness.regime.value),

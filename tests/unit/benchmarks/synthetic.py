@@ -26,15 +26,24 @@ def cell(
     seeds: int = 2,
     count: int = 80,
     lose_every: int = 0,
+    overload_s: float = 0.0,
 ) -> Cell:
     """Return a cell; every arrival stalls what streams then by ``stall_s``.
 
-    Every ``lose_every``th request fails; 0: none.
+    Every ``lose_every``th request fails; 0: none. Each waits ``overload_s`` longer than
+    the one before.
     """
     runs = tuple(run(stall_s, ttft_s, level.rate, seed, count) for seed in range(seeds))
+    if overload_s:
+        runs = tuple(replace(one, records=delayed(one.records, overload_s)) for one in runs)
     if lose_every:
         runs = tuple(replace(one, records=losing(one.records, lose_every)) for one in runs)
     return Cell(deployment, "balanced", level, runs, tuple(make_figures(one) for one in runs))
+
+
+def delayed(records: Sequence[Record], each_s: float) -> list[Record]:
+    """Return the same of a service whose queue grows."""
+    return [replace(r, first_s=r.first_s + n * each_s) for n, r in enumerate(records)]
 
 
 def losing(records: Sequence[Record], every: int) -> list[Record]:

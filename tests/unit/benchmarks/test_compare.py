@@ -14,7 +14,7 @@ import pytest
 
 from benchmarks import compare
 from benchmarks.comparing import options
-from benchmarks.comparing.cells import Cell, Level, duels
+from benchmarks.comparing.cells import Cell, Level, cell_rows, duel_rows, duels
 from benchmarks.comparing.deployments import PD, REPLICAS, Site, device_env, routed, topology
 from benchmarks.comparing.measuring import Effort, requests_of
 from benchmarks.comparing.plots import draw_all
@@ -65,6 +65,20 @@ def test_failures_of_the_same_requests_are_named_beside_the_verdict() -> None:
     )
     assert "TTFT mean" in {finding.name for finding in duel.named(Verdict.BETTER)}
     assert "(failed: 16 of 160 requests of pd, 16 of 160" in duel.sentence()
+
+
+@pytest.mark.parametrize(
+    ("ours", "regime"),
+    [(cell(PD, ttft_s=4.5), "too short to tell"), (cell(PD, overload_s=0.3), "unstable")],
+)
+def test_regime_is_in_every_row_and_sentence(ours: Cell, regime: str) -> None:
+    theirs = cell(REPLICAS)
+    (duel,) = duels([ours, theirs], PD)
+    assert f"(no steady state: pd {regime}, replicas {theirs.regime.value};" in duel.sentence()
+    assert {row.labels["regime"] for row in cell_rows([ours])} == {regime}
+    labels = [row.labels for row in duel_rows([duel])]
+    assert {label["regime"] for label in labels} == {regime}
+    assert {label["regime of that"] for label in labels} == {theirs.regime.value}
 
 
 def test_only_the_same_load_is_compared() -> None:

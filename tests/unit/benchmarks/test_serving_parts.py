@@ -48,6 +48,26 @@ def test_failures_are_said_with_their_causes() -> None:
     assert warning.startswith("15 of 300 requests failed (5.0%): 15 x OSError: reset")
 
 
+def test_interrupted_run_says_so_in_every_output() -> None:
+    records = [record(due=n / 10, ttft=0.05, gaps=[0.01] * 4) for n in range(300)]
+    run = Run(records, is_scheduled=True, duration_s=30.0, is_interrupted=True)
+    found = make_figures(run)
+    (warning,) = found.warnings
+    assert warning.startswith("interrupted: these are the 300 requests that were over by then")
+    assert warning in tables.markdown(found)
+    assert as_data(found)["is_interrupted"]
+
+
+def test_no_latency_is_shown_without_the_regime() -> None:
+    overload = serve([n / 10 for n in range(300)], 0.2)
+    found = make_figures(Run(overload, is_scheduled=True, duration_s=60.0))
+    assert {row.labels["regime"] for row in make_rows(found)} == {"unstable"}
+    titles = [str(table.title) for table in tables.tables(found) if "Latency" in str(table.title)]
+    assert all(title.endswith("(unstable)") for title in titles)
+    assert len(titles) == 2
+    assert "steady" not in tables.markdown(found)
+
+
 def test_late_client_is_said() -> None:
     (warning,) = figures(lag=0.02).warnings
     assert "the client was late by 20 ms" in warning
@@ -69,7 +89,7 @@ def test_rows_and_tables_have_the_seeds_figures_and_those_that_were_added() -> N
     found = figures(stages=(Stage("prefill leg", 12.0, 300, "router"),))
     names = {row.figure for row in make_rows(found)}
     assert {"duration", "request_throughput", "ttft_p99", "second_p50", "stall_p90"} <= names
-    assert {"steady_itl_p99", "slo_attainment", "client_lag_p99"} <= names
+    assert {"window_itl_p99", "slo_attainment", "client_lag_p99"} <= names
     text = tables.markdown(found)
     assert "| TTFT | 50.00 | 50.00 | 50.00 | 50.00 |" in text
     assert "| prefill leg | router | 12.00 | 300 |" in text
