@@ -27,7 +27,9 @@ _EXPLANATION = (
     "from the moment they were to be sent. Every deployment had the same devices and got the "
     "same requests at the same times. Ratios are paired, with 95 % bootstrap intervals over "
     "seeds and blocks of requests; a difference counts if its interval excludes 1. With so many "
-    "intervals some exclude 1 by chance."
+    "intervals some exclude 1 by chance. Deployments ran one after the other, each once: what "
+    "changed on the machine between them (clock, heat, other programs) is part of the ratios, and "
+    "no interval shows it."
 )
 
 
@@ -123,7 +125,8 @@ def _sentence(duel: Duel) -> str:
     has_won = {verdict: bool(duel.named(verdict)) for verdict in Verdict}
     if has_won[Verdict.BETTER] == has_won[Verdict.WORSE]:
         return text
-    return f"{text} In all: {'better' if has_won[Verdict.BETTER] else 'worse'} or equal."
+    word = "better" if has_won[Verdict.BETTER] else "worse"
+    return f"{text} In all: {word} wherever there is a verdict."
 
 
 def _stages(group: Sequence[Cell]) -> str:

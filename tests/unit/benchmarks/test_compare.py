@@ -111,6 +111,18 @@ def test_report_has_every_figure_and_every_request_as_json(
     assert len(raw[0]["gaps_s"]) == 20
 
 
+def test_what_is_not_distinguishable_is_not_called_equal(tmp_path: Path) -> None:
+    text = write_report(tmp_path, [cell(REPLICAS), cell(PD, ttft_s=0.3)], {}, [])
+    assert "not distinguishable: " in text
+    assert "In all: worse wherever there is a verdict." in text
+    assert "equal" not in text
+
+
+def test_report_says_what_no_interval_shows(cells: list[Cell], tmp_path: Path) -> None:
+    text = write_report(tmp_path, cells, {}, [])
+    assert "what changed on the machine between them" in text
+
+
 def test_several_loads_give_a_curve(tmp_path: Path) -> None:
     levels = [Level(0.25, 0.5), Level(None, math.inf)]
     cells = [cell(name, level=level) for name in (PD, REPLICAS) for level in levels]
