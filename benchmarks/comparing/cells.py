@@ -124,8 +124,11 @@ class Duel:
             for verdict in (Verdict.BETTER, Verdict.WORSE)
             if (found := self.named(verdict))
         ]
-        if found := self.named(Verdict.OPEN):
-            parts.append(f"{Verdict.OPEN.value}: {', '.join(one.name for one in found)}")
+        parts += [
+            f"{verdict.value}: {', '.join(one.name for one in found)}"
+            for verdict in (Verdict.OPEN, Verdict.FEW)
+            if (found := self.named(verdict))
+        ]
         names = f"{self.ours.deployment} against {self.theirs.deployment}"
         text = f"{names} is " + "; ".join(parts)
         if self.named(Verdict.WITHHELD):

@@ -15,7 +15,7 @@ from benchmarks.comparing.plots import draw_all
 from benchmarks.reporting import Report, markdown_table, number, write
 from benchmarks.serving.figures import LATE_MS
 from vllm_pd.bench.records import METRICS, pooled
-from vllm_pd.bench.stats import summarize
+from vllm_pd.bench.stats import FEW_FOR_P99, summarize
 from vllm_pd.bench.verdict import Verdict
 
 _HEADER = (
@@ -29,7 +29,9 @@ _EXPLANATION = (
     "seeds and blocks of requests; a difference counts if its interval excludes 1. With so many "
     "intervals some exclude 1 by chance. Deployments ran one after the other, each once: what "
     "changed on the machine between them (clock, heat, other programs) is part of the ratios, and "
-    "no interval shows it."
+    "no interval shows it. Nor does one of a single seed show what other arrivals would have done: "
+    "at 70 % load and 120 requests it covers the ratio of means in about 73 % of simulated cases. "
+    f"P99 of fewer than {FEW_FOR_P99} requests has no verdict."
 )
 
 

@@ -13,7 +13,7 @@ from benchmarks.serving.load import Run
 from vllm_pd.bench.records import METRICS, Record, pooled
 from vllm_pd.bench.slo import Objectives, attainment
 from vllm_pd.bench.stages import Stage
-from vllm_pd.bench.stats import Interval, Summary, summarize
+from vllm_pd.bench.stats import FEW_FOR_P99, Interval, Summary, summarize
 from vllm_pd.bench.steady import Regime, Steadiness, judge
 
 LATE_MS = 10.0
@@ -21,9 +21,6 @@ LATE_MS = 10.0
 
 MERGED = 1.01
 """Tokens per chunk above which ITL is not that of tokens."""
-
-FEW_FOR_P99 = 299
-"""Requests below which a sample says nothing certain about the 99th percentile."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,14 @@
 """Summaries and intervals. Pure.
 
 Requests of one run wait for each other, so neighbours are alike: samples are redrawn in
-blocks of neighbours, and, where there are several seeds, seeds are redrawn as well.
+blocks of neighbours that are long against the memory of the run, and, where there are
+several seeds, seeds are redrawn as well. As few long blocks vary less among themselves
+than they should, intervals are widened by Student's quantile for their number.
+
+Short runs of a loaded queue are still covered less often than the 95 % that are meant. In
+simulation (M/D/1 at a load of 0.7, one seed, 40, 120 and 400 requests) the interval of the
+mean covers in 76, 83 and 87 % of the cases, that of a paired ratio of means in 70, 73 and
+80 %: a run that saw no burst cannot tell of one.
 """
 
 from __future__ import annotations
@@ -22,6 +29,13 @@ several, or none."""
 
 LEVEL = 0.95
 NUM_RESAMPLES = 500
+
+FEW_FOR_P99 = 299
+"""Requests below which a sample says nothing certain about the 99th percentile: with fewer
+it is above all of them with a probability of more than 5 %."""
+
+_BLOCK_MEMORIES = 10
+_MIN_BLOCKS = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,13 +115,15 @@ def bootstrap(
     """
     rng = np.random.default_rng(seed)
     pool, counts = _Pool(runs), [len(run) for run in runs]
+    lengths = [block_len(run) for run in runs]
     draws = []
     for _ in range(num):
-        values = pool.take(_redraw(counts, rng))
+        values = pool.take(_redraw(counts, lengths, rng))
         draws.append([statistic(values) for statistic in statistics])
     every = pool.all()
+    factor = _widening(counts, lengths)
     return [
-        interval_of(statistic(every), [draw[index] for draw in draws])
+        _widened(interval_of(statistic(every), [draw[index] for draw in draws]), factor)
         for index, statistic in enumerate(statistics)
     ]
 
@@ -146,33 +162,110 @@ def paired_bootstrap(
         raise ValueError("both systems must have been asked the same requests")
     rng = np.random.default_rng(seed)
     pools = _Pool(ours), _Pool(theirs)
+    lengths = [
+        max(block_len(one), block_len(other)) for one, other in zip(ours, theirs, strict=True)
+    ]
+    factor = _widening(counts, lengths)
     draws = []
     for _ in range(num):
-        choice = _redraw(counts, rng)
+        choice = _redraw(counts, lengths, rng)
         first, second = (pool.take(choice) for pool in pools)
         draws.append([(statistic(first), statistic(second)) for statistic in statistics])
     first, second = (pool.all() for pool in pools)
     return [
-        _compared(statistic(first), statistic(second), [draw[index] for draw in draws])
+        _compared(statistic(first), statistic(second), [draw[index] for draw in draws], factor)
         for index, statistic in enumerate(statistics)
     ]
 
 
-def _compared(one: float, other: float, draws: Sequence[tuple[float, float]]) -> Comparison:
+def _compared(
+    one: float, other: float, draws: Sequence[tuple[float, float]], factor: float
+) -> Comparison:
+    difference = interval_of(one - other, [a - b for a, b in draws])
+    below, above = difference.value - difference.low, difference.high - difference.value
     return Comparison(
-        ratio=interval_of(ratio(one, other), [ratio(a, b) for a, b in draws]),
-        difference=interval_of(one - other, [a - b for a, b in draws]),
+        ratio=_widened(interval_of(ratio(one, other), [ratio(a, b) for a, b in draws]), factor),
+        difference=Interval(
+            difference.value,
+            difference.value - factor * below,
+            difference.value + factor * above,
+        ),
     )
 
 
-def redrawn(count: int, rng: np.random.Generator) -> npt.NDArray[np.int64]:
+def _widened(found: Interval, factor: float) -> Interval:
+    """Move the bounds of a positive figure away from it, in the same proportion each.
+
+    Figures of queues are skewed: what was not seen is mostly above.
+    """
+    if not (0 < found.low <= found.high < math.inf and found.value > 0):
+        return found
+    return Interval(
+        found.value,
+        found.value * (found.low / found.value) ** factor,
+        found.value * (found.high / found.value) ** factor,
+    )
+
+
+def _widening(counts: Sequence[int], lengths: Sequence[int]) -> float:
+    """Return how much too narrow the interval of so many blocks is: Student's over the normal.
+
+    The quantile is by the first terms of its expansion (Abramowitz and Stegun, 26.7.5).
+    """
+    num_blocks = sum(count / length for count, length in zip(counts, lengths, strict=True))
+    free = num_blocks - 1
+    if free < 1:
+        return 1.0
+    z = NormalDist().inv_cdf((1 + LEVEL) / 2)
+    student = z + (z**3 + z) / (4 * free) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * free**2)
+    return student / z * math.sqrt(num_blocks / free)
+
+
+def memory(series: Values) -> float:
+    """Return for how many requests neighbours are alike; 1 if they are not.
+
+    That is the integrated autocorrelation time, summed up to the first correlation that
+    is not positive.
+    """
+    deviations = series - mean(series)
+    variance = float((deviations**2).mean()) if series.size else 0.0
+    found = 1.0
+    if not variance > 0:
+        return found
+    for lag in range(1, series.size // 2):
+        correlation = float((deviations[:-lag] * deviations[lag:]).mean()) / variance
+        if correlation <= 0:
+            break
+        found += 2 * correlation
+    return found
+
+
+def block_len(run: Run) -> int:
+    """Return how long blocks of a run's requests must be: ten times its memory.
+
+    At least the cube root of their number, the usual rate for means, and at most a fifth
+    of it, as fewer blocks would say nothing.
+    """
+    series = np.asarray([values.mean() for values in run if values.size], dtype=np.float64)
+    # The memory of what is not alike is 1, which needs no blocks.
+    wanted = math.ceil(_BLOCK_MEMORIES * (memory(series) - 1))
+    most = max(1, len(run) // _MIN_BLOCKS)
+    return min(max(round(math.cbrt(len(run))), wanted, 1), most)
+
+
+def redrawn(
+    count: int, rng: np.random.Generator, length: int | None = None
+) -> npt.NDArray[np.int64]:
     """Draw as many indices as there are requests, in blocks of neighbours that wrap around.
 
-    A block has the cube root of their number, the usual rate for means.
+    Args:
+        count: of the requests.
+        rng: where the randomness comes from.
+        length: of a block; None: the cube root of their number, the usual rate for means.
     """
     if not count:
         return np.zeros(0, dtype=np.int64)
-    length = max(1, round(math.cbrt(count)))
+    length = length or max(1, round(math.cbrt(count)))
     starts = rng.integers(count, size=-(-count // length))
     return ((starts[:, None] + np.arange(length)) % count).ravel()[:count]
 
@@ -220,10 +313,10 @@ class _Pool:
         return found
 
 
-def _redraw(counts: Sequence[int], rng: np.random.Generator) -> _Choice:
+def _redraw(counts: Sequence[int], lengths: Sequence[int], rng: np.random.Generator) -> _Choice:
     """Draw as many runs, and of each as many requests."""
     runs_drawn = rng.integers(len(counts), size=len(counts))
-    return [(int(index), redrawn(counts[index], rng)) for index in runs_drawn]
+    return [(int(index), redrawn(counts[index], rng, lengths[index])) for index in runs_drawn]
 
 
 def ratio(one: float, other: float) -> float:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from vllm_pd.bench.records import METRICS, Record, metric_values
 from vllm_pd.bench.stats import (
+    FEW_FOR_P99,
     Comparison,
     Interval,
     Statistic,
@@ -26,6 +27,7 @@ class Verdict(enum.Enum):
     BETTER = "better"
     WORSE = "worse"
     OPEN = "not distinguishable"
+    FEW = "too few requests to tell"
     WITHHELD = "no verdict, as other requests failed"
 
 
@@ -39,12 +41,14 @@ class Finding:
         comparison: ratio and difference in milliseconds, ours against theirs.
         is_paired: whether the same requests were answered by both. Those that fail are
             often the slow ones, so leaving them out on one side makes that side look good.
+        count: requests of each system.
     """
 
     metric: str
     statistic: str
     comparison: Comparison
-    is_paired: bool = True
+    is_paired: bool
+    count: int
 
     @property
     def name(self) -> str:
@@ -56,6 +60,8 @@ class Finding:
         """What can be said."""
         if not self.is_paired:
             return Verdict.WITHHELD
+        if self.statistic == "P99" and self.count < FEW_FOR_P99:
+            return Verdict.FEW
         return verdict_of(self.comparison.ratio)
 
 
@@ -81,13 +87,14 @@ def compare(
         metrics: which latencies.
         seed: of the bootstrap.
     """
+    count = sum(len(run) for run in ours)
     is_paired = _answered(ours) == _answered(theirs)
     findings = []
     for metric in metrics:
         first, second = ([metric_values(run, metric) for run in runs] for runs in (ours, theirs))
         compared = paired_bootstrap(first, second, list(STATISTICS.values()), seed=seed)
         findings += [
-            Finding(metric, name, one, is_paired)
+            Finding(metric, name, one, is_paired, count)
             for name, one in zip(STATISTICS, compared, strict=True)
         ]
     return findings

@@ -5,11 +5,15 @@ import math
 import numpy as np
 import pytest
 
+from tests.unit.bench.queue import serve
+from vllm_pd.bench.arrivals import gamma_arrivals
+from vllm_pd.bench.records import metric_values
 from vllm_pd.bench.stats import (
     Run,
     bootstrap,
     interval_of,
     mean,
+    memory,
     paired_bootstrap,
     percentile,
     redrawn,
@@ -82,6 +86,49 @@ def test_blocks_cover_the_truth_where_neighbours_are_alike() -> None:
         (found,) = bootstrap([run_of(noise[1:] + 0.5 * noise[:-1])], [mean], seed=number, num=200)
         covered += found.low <= 0.0 <= found.high
     assert covered / 200 >= 0.88  # 0.79 for values redrawn one by one
+
+
+def queue(seed: int, count: int, service_s: float) -> Run:
+    """Return latencies of an M/D/1 queue with 7 arrivals a second, once it has filled up."""
+    arrivals = gamma_arrivals(2 * count, 7.0, 1.0, np.random.default_rng(seed))
+    return metric_values(serve(arrivals.tolist(), service_s)[count:], "ttft")
+
+
+def mean_of_queue(service_s: float) -> float:
+    """Return the mean latency by Pollaczek and Khinchine, in milliseconds."""
+    load = 7.0 * service_s
+    return 1e3 * service_s * (1 + load / (2 * (1 - load)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("count", "least"), [(40, 0.68), (120, 0.72), (400, 0.8)])
+def test_interval_of_a_queues_mean_covers_as_often_as_is_documented(
+    count: int, least: float
+) -> None:
+    covered = 0
+    for seed in range(200):
+        (found,) = bootstrap([queue(seed, count, 0.1)], [mean], seed=seed, num=200)
+        covered += found.low <= mean_of_queue(0.1) <= found.high
+    assert covered / 200 >= least  # 0.57, 0.57, 0.63 with blocks of the cube root
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("count", "least"), [(120, 0.65), (400, 0.74)])
+def test_paired_ratio_of_two_queues_covers_as_often_as_is_documented(
+    count: int, least: float
+) -> None:
+    covered = 0
+    for seed in range(200):
+        ours, theirs = queue(seed, count, 0.08), queue(seed, count, 0.1)
+        (found,) = paired_bootstrap([ours], [theirs], [mean], seed=seed, num=200)
+        true = mean_of_queue(0.08) / mean_of_queue(0.1)
+        covered += found.ratio.low <= true <= found.ratio.high
+    assert covered / 200 >= least
+
+
+def test_memory_of_what_is_independent_is_one_and_of_a_queue_more() -> None:
+    assert memory(np.random.default_rng(1).normal(size=2000)) < 1.3
+    assert memory(np.concatenate(queue(1, 2000, 0.1))) > 4
 
 
 @pytest.mark.slow

@@ -26,11 +26,18 @@ def test_difference_counts_if_the_interval_excludes_1(
 
 
 def test_every_statistic_of_every_metric_is_compared() -> None:
-    ours = [[record(due=float(n), ttft=0.1, gaps=[0.01, 0.02]) for n in range(30)]]
-    theirs = [[record(due=float(n), ttft=0.2, gaps=[0.02, 0.04]) for n in range(30)]]
+    ours = [[record(due=float(n), ttft=0.1, gaps=[0.01, 0.02]) for n in range(300)]]
+    theirs = [[record(due=float(n), ttft=0.2, gaps=[0.02, 0.04]) for n in range(300)]]
     findings = compare(ours, theirs, ("ttft", "itl"))
     assert len(findings) == 2 * len(STATISTICS)
     assert {finding.verdict for finding in findings} == {Verdict.BETTER}
     assert findings[0].name == "TTFT mean"
     assert findings[0].comparison.ratio.value == pytest.approx(0.5)
     assert findings[0].comparison.difference.value == pytest.approx(-100.0)
+
+
+def test_p99_of_few_requests_has_no_verdict() -> None:
+    ours = [[record(due=float(n), ttft=0.1) for n in range(298)]]
+    theirs = [[record(due=float(n), ttft=0.2) for n in range(298)]]
+    verdicts = {one.statistic: one.verdict for one in compare(ours, theirs, ("ttft",))}
+    assert verdicts == {"mean": Verdict.BETTER, "P50": Verdict.BETTER, "P99": Verdict.FEW}

@@ -29,7 +29,7 @@ from vllm_pd.config import Topology, from_mapping
 
 @pytest.fixture(scope="module")
 def cells() -> list[Cell]:
-    return [cell(REPLICAS, stall_s=0.3), cell(PD, ttft_s=0.3)]
+    return [cell(REPLICAS, stall_s=0.3, count=180), cell(PD, ttft_s=0.3, count=180)]
 
 
 def site(device: str = "cpu", pool: tuple[str, ...] = ("0", "1")) -> Site:
@@ -48,7 +48,10 @@ def test_what_is_better_and_what_is_worse_is_told_apart(cells: list[Cell]) -> No
 
 def test_equal_services_are_not_distinguished() -> None:
     (duel,) = duels([cell(PD), cell(REPLICAS)], PD)
-    assert {finding.verdict for finding in duel.findings} == {Verdict.OPEN}
+    assert {finding.verdict for finding in duel.findings} == {
+        Verdict.OPEN,
+        Verdict.FEW,
+    }
 
 
 def test_verdict_is_withheld_if_one_side_lost_requests() -> None:
@@ -107,7 +110,7 @@ def test_report_has_every_figure_and_every_request_as_json(
     assert [row["labels"]["verdict"] for row in ratios] == ["better"]
     assert ratios[0]["low"] < ratios[0]["value"] < ratios[0]["high"] < 1
     raw = json.loads((tmp_path / "raw" / "balanced-70percent-pd-1.json").read_text())
-    assert len(raw) == 80
+    assert len(raw) == 180
     assert len(raw[0]["gaps_s"]) == 20
 
 
@@ -121,6 +124,8 @@ def test_what_is_not_distinguishable_is_not_called_equal(tmp_path: Path) -> None
 def test_report_says_what_no_interval_shows(cells: list[Cell], tmp_path: Path) -> None:
     text = write_report(tmp_path, cells, {}, [])
     assert "what changed on the machine between them" in text
+    assert "of a single seed" in text
+    assert "P99 of fewer than 299 requests has no verdict" in text
 
 
 def test_several_loads_give_a_curve(tmp_path: Path) -> None:
