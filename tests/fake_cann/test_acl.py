@@ -147,6 +147,7 @@ def test_an_event_recorded_again_is_incomplete_again(lib: Libraries) -> None:
     check(lib.acl.aclrtRecordEvent(event, stream))
     assert not lib.is_complete(event)
     gate.open()
+    check(lib.acl.aclrtSynchronizeStream(stream))  # or the next test meets what is left
 
 
 def test_streams_do_not_wait_for_each_other(lib: Libraries) -> None:
@@ -154,6 +155,7 @@ def test_streams_do_not_wait_for_each_other(lib: Libraries) -> None:
     gate = Gate(lib, first)
     check(lib.acl.aclrtSynchronizeStream(second))
     gate.open()
+    check(lib.acl.aclrtSynchronizeStream(first))  # or the next test meets what is left
 
 
 def test_a_stream_waits_for_the_event_of_another(lib: Libraries) -> None:
@@ -179,6 +181,7 @@ def test_without_waiting_a_stream_reads_what_is_there(lib: Libraries) -> None:
     check(lib.acl.aclrtSynchronizeStream(second))
     assert lib.read(target, 3) == b"old"
     gate.open()
+    check(lib.acl.aclrtSynchronizeStream(first))  # or the next test meets what is left
 
 
 def failed_stream(lib: Libraries) -> c_void_p:

@@ -243,6 +243,7 @@ class InstanceEndpoint:
             case GetOutstanding():
                 self._server.send(identity, self._outstanding())
             case GetStats():
+                self._publish_dropped()  # whoever is told may look for it in the metrics
                 self._server.send(identity, self._stats())
             case _:
                 self._server.num_dropped["unexpected"] += 1
