@@ -254,7 +254,7 @@ class RouterConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     local_prefill_cost: float | None = None
     # What it saves is the same for any wait; what it costs, blocks and polling at the
     # decode instance, grows with it.
-    early_decode_tokens: int = 4096
+    early_decode_tokens: int = 2048
     health_interval_s: float = 1.0
     health_failures: int = 3
     health_successes: int = 2
