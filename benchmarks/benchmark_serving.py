@@ -33,7 +33,7 @@ sys.path.insert(0, str(REPO))  # this is a program, not an installed package
 
 from rich.console import Console  # noqa: E402
 
-from benchmarks.options import Parser, positive  # noqa: E402
+from benchmarks.options import Parser, positive, read_number  # noqa: E402
 from benchmarks.reporting import Report, check_writable, describe_environment, write  # noqa: E402
 from benchmarks.serving import tables  # noqa: E402
 from benchmarks.serving.figures import Figures, as_data, make_figures, make_rows  # noqa: E402
@@ -302,10 +302,7 @@ def rate(text: str) -> float:
     Raises:
         argparse.ArgumentTypeError: it is not positive.
     """
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
+    value = read_number(text)
     if not value > 0:
         raise argparse.ArgumentTypeError(f"{text!r} is not a positive rate")
     return value

@@ -43,7 +43,7 @@ from benchmarks.comparing.deployments import (  # noqa: E402
     deployed,
 )
 from benchmarks.comparing.measuring import Effort, Subject, measure_cells  # noqa: E402
-from benchmarks.options import Parser, positive  # noqa: E402
+from benchmarks.options import Parser, positive, read_number  # noqa: E402
 from benchmarks.reporting import (  # noqa: E402
     Report,
     Row,
@@ -307,10 +307,7 @@ def _make_parser() -> Parser:
 
 
 def _share(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
+    value = read_number(text)
     if not 0 < value < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not between 0 and 1")
     return value

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from typing import NoReturn
 
 
@@ -23,3 +24,11 @@ def positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
     return int(text)
+
+
+def read_number(text: str) -> float:
+    """Read a number; what is none becomes nan, which is in no range."""
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan

@@ -31,7 +31,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import math
 import os
 import shlex
 import signal
@@ -49,7 +48,7 @@ sys.path.insert(0, str(REPO))  # this is a program, not an installed package
 
 from rich.console import Console  # noqa: E402
 
-from benchmarks.options import Parser, positive  # noqa: E402
+from benchmarks.options import Parser, positive, read_number  # noqa: E402
 from benchmarks.service import client, nixl, report, servers  # noqa: E402
 from benchmarks.service.figures import HANDSHAKE_LIMIT_MS, Limit, kv_block_len  # noqa: E402
 from benchmarks.service.prompts import Prompts  # noqa: E402
@@ -345,10 +344,7 @@ def _prompt_len(text: str) -> int:
 
 
 def _seconds(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
+    value = read_number(text)
     if not 0 <= value <= MAX_GAP_S:
         raise argparse.ArgumentTypeError(f"{text!r} is not 0 to {MAX_GAP_S:g} seconds")
     return value

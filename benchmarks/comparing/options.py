@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.comparing.deployments import Site, check_pool
-from benchmarks.options import Parser, positive
+from benchmarks.options import Parser, positive, read_number
 from benchmarks.service.servers import ENGINE_ARGS
 from benchmarks.transfer.pair import REPO, BenchError
 from vllm_pd.demo.model import Geometry, write_untrained_model
@@ -101,10 +101,7 @@ def share(text: str) -> float:
     Raises:
         argparse.ArgumentTypeError: it is something else.
     """
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
+    value = read_number(text)
     if not (0 < value <= 2 or value == math.inf):
         raise argparse.ArgumentTypeError(f"{text!r} is neither 0 to 2 times the capacity nor inf")
     return value
@@ -116,10 +113,7 @@ def seconds(text: str) -> float:
     Raises:
         argparse.ArgumentTypeError: it is something else.
     """
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
+    value = read_number(text)
     if not 0 < value < math.inf:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds")
     return value
