@@ -128,6 +128,19 @@ class ShmTransport(HostTransport):
             memory.allow_reading()
         else:
             self._outside = _find_outside(self._regions, self._spans)
+            self._lock_spans()
+
+    def _lock_spans(self) -> None:
+        try:
+            for span in self._spans:
+                memory.lock_pages(span.addr, span.num_bytes)
+        except OSError as exc:
+            logger.info(
+                "shm: the KV cache is not locked into memory: %s. Where the kernel reclaims idle "
+                "memory, copies after a pause are slower; raise the limit with `ulimit -l` or, "
+                "in a container, `--ulimit memlock=-1`",
+                exc.strerror,
+            )
 
     def _share(self, spans: Sequence[tuple[int, int]]) -> None:
         if not self._options.shares_pages:

@@ -180,6 +180,23 @@ def test_refused_mapping_leaves_no_descriptor_behind(arena: Arena) -> None:
     assert len(os.listdir("/proc/self/fd")) == before
 
 
+def locked_len() -> int:
+    """Return how many bytes this process has locked."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmLck:")[1].split()[0]) * 1024
+
+
+def test_locked_pages_stay_locked_until_they_are_unmapped(span: memory.SharedSpan) -> None:
+    before = locked_len()
+    memory.lock_pages(span.addr, span.num_bytes)
+    assert locked_len() - before == span.num_bytes
+
+
+def test_what_cannot_be_locked_is_an_error() -> None:
+    with pytest.raises(OSError, match="Cannot allocate memory"):
+        memory.lock_pages(PAGE, PAGE)  # nothing is mapped there
+
+
 def test_process_reads_another_by_its_addresses() -> None:
     source, target = bytearray(noise(2, 5000)), bytearray(5000)
     to, come = memory.address_of(target), memory.address_of(source)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
+import logging
 import os
 import socket
 import subprocess
@@ -69,6 +71,19 @@ def make() -> Iterator[Callable[..., Worker]]:
     yield make
     for worker in workers:
         worker.transport.close()
+
+
+def test_memory_that_may_not_be_locked_is_shared_all_the_same(
+    make: Callable[..., Worker], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+
+    monkeypatch.setattr(memory, "lock_pages", refuse)
+    with caplog.at_level(logging.INFO):
+        worker = make("decode")
+    assert worker.transport.mode == ("memfd", "")
+    assert "not locked into memory: Operation not permitted" in caplog.text
 
 
 @pytest.fixture
