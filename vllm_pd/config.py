@@ -203,9 +203,9 @@ class RouterConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         local_prefill_cost: how many times as dear a prompt token is on a decode instance
             as on a prefill instance; a prompt is prefilled where it is decoded if that
             is cheaper than the queue of the prefill instance. None: never for that reason.
-        early_decode_tokens: most tokens that a prefill instance may have to compute, those
-            of the prompt included, for the decode leg to be sent while its prefill still
-            runs, so that it loses no time when the KV cache is there; 0: none is.
+        early_decode_s: how long before the end of a prefill, as far as that can be told,
+            the decode leg is sent, so that it loses no time when the KV cache is there;
+            0: after the end.
         health_interval_s: pause between two health probes of an instance.
         health_failures: failed probes in a row that take an instance out of use.
         health_successes: good probes in a row that bring it back.
@@ -252,9 +252,9 @@ class RouterConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     min_prefill_tokens: int = 0
     max_local_prefill_tokens: int = 8192
     local_prefill_cost: float | None = None
-    # What it saves is the same for any wait; what it costs, blocks and polling at the
-    # decode instance, grows with it.
-    early_decode_tokens: int = 2048
+    # What it saves, the way into the decode engine, is the same for any wait; what it
+    # costs, blocks and polling at the decode instance, grows with it.
+    early_decode_s: float = 0.03
     health_interval_s: float = 1.0
     health_failures: int = 3
     health_successes: int = 2
@@ -297,9 +297,11 @@ class RouterConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         )
         if self.max_queue < 0:
             raise ValueError(f"max_queue must not be negative, not {self.max_queue}")
-        for name in ("min_prefill_tokens", "max_local_prefill_tokens", "early_decode_tokens"):
+        for name in ("min_prefill_tokens", "max_local_prefill_tokens"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, not {getattr(self, name)}")
+        if not 0 <= self.early_decode_s < math.inf:
+            raise ValueError(f"early_decode_s must not be negative, not {self.early_decode_s}")
         if self.local_prefill_cost is not None:
             _check_positive(self, "local_prefill_cost")
         if not 1 <= self.workers <= MAX_ROUTER_WORKERS:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from vllm_pd.config import Role, RoleLabel
 from vllm_pd.router.addresses import Address, instance_id
+from vllm_pd.router.forecast import PrefillForecast
 from vllm_pd.router.health import Breaker, Health, ProbeHistory
 from vllm_pd.router.loads import Ledger
 from vllm_pd.router.policy import InstanceView
@@ -42,6 +43,7 @@ class Instance:
         last_failure: how the last of them did, in one line; ``""``: none did.
         failed_at: when that was, on the monotonic clock.
         ledger: what the router has open there, and its load by its own metrics.
+        forecast: how long its prefills take.
         probed: set once the first probe has been answered or failed.
         probe_now: set when the next probe must not wait.
         learn_now: set when the next look at metrics and drain must not wait.
@@ -62,6 +64,7 @@ class Instance:
     last_failure: str = ""
     failed_at: float | None = None
     ledger: Ledger = field(default_factory=Ledger)
+    forecast: PrefillForecast = field(default_factory=PrefillForecast)
     probed: asyncio.Event = field(default_factory=asyncio.Event)
     probe_now: asyncio.Event = field(default_factory=asyncio.Event)
     learn_now: asyncio.Event = field(default_factory=asyncio.Event)

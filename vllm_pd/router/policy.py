@@ -148,20 +148,18 @@ def has_pair(prefill: Sequence[InstanceView], decode: Sequence[InstanceView]) ->
     return any(_is_pair(one, other) for one in producers for other in consumers)
 
 
-def may_decode_early(pair: Pair, num_tokens: int, config: RouterConfig) -> bool:
+def may_decode_early(pair: Pair) -> bool:
     """Return whether the decode leg may be sent while its prefill still runs.
 
-    It takes blocks at the decode instance for that time, so they must not be scarce, and
-    the time must not be long.
-
-    Args:
-        pair: the instances.
-        num_tokens: length of the prompt.
-        config: the limit.
+    It takes blocks at the decode instance for that time, so they must not be scarce.
     """
     scrape = pair.decode.scrape
-    has_room = scrape is None or scrape.load.kv_usage < _SPARE_KV_USAGE
-    return has_room and _backlog(pair.prefill) + num_tokens <= config.early_decode_tokens
+    return scrape is None or scrape.load.kv_usage < _SPARE_KV_USAGE
+
+
+def tokens_to_prefill(pair: Pair, num_tokens: int, matches: Matches) -> int:
+    """Return what the prefill instance has to compute until it has done this prompt."""
+    return _backlog(pair.prefill) + _uncached(pair.prefill, num_tokens, matches)
 
 
 def choose_pair(

@@ -243,10 +243,9 @@ class Proxy:
             tried.add(instance.base_url)
             # A new id for each attempt: the instance that failed may still hold blocks.
             transfer_id = secrets.token_hex(16)
-            if len(tried) == 1 and policy.may_decode_early(
-                choice, job.prompt.num_tokens, self._config
-            ):
-                self._open_early(call, job, choice, transfer_id, early)
+            to_prefill = policy.tokens_to_prefill(choice, job.prompt.num_tokens, job.matches)
+            if len(tried) == 1 and policy.may_decode_early(choice):
+                self._open_early(call, job, choice, transfer_id, early, to_prefill)
             self._index.note(job.prompt, instance.base_url)
             began = time.monotonic()
             try:
@@ -256,6 +255,7 @@ class Proxy:
                 raise
             if isinstance(result, Prefilled):
                 call.record.prefill_s = time.monotonic() - began
+                instance.forecast.note(to_prefill, call.record.prefill_s)
                 self._metrics.note_prefill(call.record.prefill_s)
                 self._metrics.note_prompt(result.details, result.kv_params)
             if not isinstance(result, Failed):
@@ -267,18 +267,30 @@ class Proxy:
         return NotPrefilled("prefill_failed" if tried else "no_prefill_instance")
 
     def _open_early(
-        self, call: Call, job: Job, pair: Pair, transfer_id: str, early: _Early
+        self,
+        call: Call,
+        job: Job,
+        pair: Pair,
+        transfer_id: str,
+        early: _Early,
+        to_prefill: int,
     ) -> None:
-        """Send the decode leg now, to wait at the decode instance for the KV cache."""
-        params = early_params(self._pool.at(pair.prefill), transfer_id)
-        if params is None:
+        """Send the decode leg soon, to wait at the decode instance for the KV cache."""
+        lead_s = self._config.early_decode_s
+        prefill = self._pool.at(pair.prefill)
+        pause_s = prefill.forecast.pause_s(to_prefill, lead_s) if lead_s else None
+        params = early_params(prefill, transfer_id)
+        if pause_s is None or params is None:
             return
         instance = self._pool.at(pair.decode)
-        self._index.note(job.prompt, instance.base_url)
-        early.start(
-            params,
-            self._decode_legs.open(instance, call, job.leg(params), _work(job), is_early=True),
-        )
+
+        def send() -> Awaitable[Opened]:
+            self._index.note(job.prompt, instance.base_url)
+            return self._decode_legs.open(
+                instance, call, job.leg(params), _work(job), is_early=True
+            )
+
+        early.start(params, pause_s, send)
 
     async def _finish(
         self,
@@ -447,22 +459,31 @@ class Proxy:
 
 
 class _Early:
-    """A decode leg that was sent before its prefill has ended."""
+    """A decode leg that is sent before its prefill has ended."""
 
     def __init__(self) -> None:
         self._params: Mapping[str, object] = {}
         self._task: asyncio.Task[Opened] | None = None
+        self._is_sent = False
 
-    def start(self, params: Mapping[str, object], opening: Awaitable[Opened]) -> None:
-        """Send it."""
+    def start(
+        self, params: Mapping[str, object], pause_s: float, send: Callable[[], Awaitable[Opened]]
+    ) -> None:
+        """Send it after that pause, if nobody has asked for it until then."""
         self._params = params
-        self._task = asyncio.ensure_future(opening)
+        self._task = asyncio.create_task(self._run(pause_s, send))
+
+    async def _run(self, pause_s: float, send: Callable[[], Awaitable[Opened]]) -> Opened:
+        if pause_s > 0:
+            await asyncio.sleep(pause_s)
+        self._is_sent = True
+        return await send()
 
     async def take(self, prefilled: Prefilled) -> Opened | None:
         """Return its answer, if it waited for this prefill and none of the two failed."""
         if self._task is None:
             return None
-        if not is_as_expected(prefilled, self._params):
+        if not self._is_sent or not is_as_expected(prefilled, self._params):
             self.cancel()
             return None
         task = self._task

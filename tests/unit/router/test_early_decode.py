@@ -116,8 +116,20 @@ async def test_the_first_request_waits_as_nobody_knows_where_its_prefill_will_be
 async def test_it_can_be_turned_off(
     start_router: StartRouter, prefill: FakeInstance, decode: FakeInstance
 ) -> None:
-    router = await start_router([prefill], [decode], early_decode_tokens=0)
+    router = await start_router([prefill], [decode], early_decode_s=0)
     await known(router, prefill, decode)
+    assert await post(router) == (200, "disaggregated")
+    (params,) = params_of(decode)
+    assert params["remote_num_tokens"] == 2
+
+
+async def test_it_is_not_sent_long_before_its_prefill_is_expected_to_end(
+    start_router: StartRouter, prefill: FakeInstance, decode: FakeInstance
+) -> None:
+    router = await known(await start_router([prefill], [decode]), prefill, decode)
+    for instance in router.app[POOL]:
+        for num_tokens in (1, 2, 4, 8):
+            instance.forecast.note(num_tokens, 3600.0)
     assert await post(router) == (200, "disaggregated")
     (params,) = params_of(decode)
     assert params["remote_num_tokens"] == 2
@@ -277,7 +289,7 @@ async def test_a_prefill_whose_client_left_is_released(
     decode: FakeInstance,
     endpoint: InstanceEndpoint,
 ) -> None:
-    router = await start_router([prefill], [decode], early_decode_tokens=0)
+    router = await start_router([prefill], [decode], early_decode_s=0)
     await known(router, prefill, decode)
     decode.behave = hangs
     asked = asyncio.create_task(post(router))
@@ -295,7 +307,7 @@ async def test_a_prefill_that_no_decode_instance_takes_is_released(
     endpoint: InstanceEndpoint,
     behave: Any,
 ) -> None:
-    router = await start_router([prefill], [decode], early_decode_tokens=0)
+    router = await start_router([prefill], [decode], early_decode_s=0)
     await known(router, prefill, decode)
     decode.behave = behave
     await post(router)

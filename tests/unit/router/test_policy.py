@@ -24,6 +24,7 @@ from vllm_pd.router.policy import (
     may_decode_early,
     may_prefill_locally,
     should_disaggregate,
+    tokens_to_prefill,
     weigh,
 )
 
@@ -231,19 +232,18 @@ def test_a_long_prompt_that_the_decode_instance_has_cached_is_short() -> None:
     assert weigh(found, 5000, Matches({"d": 4950}, {}), SHORT).reason == "short_prompt"
 
 
-@pytest.mark.parametrize(("backlog", "is_early"), [(0, True), (596, True), (597, False)])
-def test_a_decode_leg_is_early_while_its_prefill_instance_has_little_to_compute(
-    backlog: int, is_early: bool
-) -> None:
-    found = Pair(view("p", prefill_tokens=backlog), view("d"))
+def test_a_prefill_instance_has_its_backlog_and_what_it_has_not_cached_to_compute() -> None:
+    found = Pair(view("p", prefill_tokens=500), view("d"))
 
-    assert may_decode_early(found, 3500, RouterConfig(early_decode_tokens=4096)) is is_early
+    assert tokens_to_prefill(found, 3500, NO_MATCHES) == 4000
+    assert tokens_to_prefill(found, 3500, Matches({"p": 3000}, {})) == 1000
 
 
 def test_no_decode_leg_is_early_where_blocks_are_scarce() -> None:
     scarce = Scrape(Load(0, 0, 0.5), num_own=0)
 
-    assert not may_decode_early(Pair(view("p"), view("d", scrape=scarce)), 1, DEFAULT)
+    assert not may_decode_early(Pair(view("p"), view("d", scrape=scarce)))
+    assert may_decode_early(Pair(view("p"), view("d")))
 
 
 def test_a_session_alone_does_not_make_a_prompt_short() -> None:
