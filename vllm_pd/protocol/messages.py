@@ -21,6 +21,7 @@ left::
     FetchBlocks   ->                 "blocks 3 to 9 of transfer T, as fetch 17"
                   <-  FetchReady     the producer has posted its half
                                      (or FetchFailed)
+    Release       ->                 this worker is not needed for this prefill
     Goodbye       ->                 the consumer drops the session
 
 A consumer may ask before the producer has computed: the producer parks the
@@ -147,7 +148,10 @@ class InstanceInfo(Message, frozen=True, tag="instance_info"):
 
 
 class Release(Message, frozen=True, tag="release"):
-    """Anyone to an instance endpoint: this prefill will not be fetched."""
+    """Anyone to an instance endpoint: this prefill will not be fetched.
+
+    To a worker endpoint: not from this worker, whatever the others still serve.
+    """
 
     transfer_id: TransferId
 

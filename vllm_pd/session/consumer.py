@@ -40,6 +40,7 @@ from vllm_pd.protocol.messages import (
     InstanceInfo,
     Refused,
     Release,
+    WorkerAddress,
 )
 from vllm_pd.protocol.state import Fetch, FetchState, SessionState
 from vllm_pd.session.channel import ControlClient, ControlContext
@@ -115,6 +116,7 @@ class _Pending:
     fetch: Fetch
     order: _Order
     part: Part
+    worker: WorkerAddress
     requested: float = 0.0
     ready: float = 0.0
 
@@ -403,6 +405,8 @@ class Consumer:
 
     def _dispatch(self, producer: _Producer, order: _Order, now: float) -> None:
         """Give every session its part of an order."""
+        assert producer.info is not None
+        known = {worker.tp_rank: worker for worker in producer.info.workers}
         parts = [
             _Pending(
                 Fetch(
@@ -413,13 +417,14 @@ class Consumer:
                 ),
                 order,
                 part,
+                known[part.remote_rank],
             )
             for part in producer.parts
         ]
         order.num_open = sum(1 for pending in parts if pending.part.num_heads)
         for pending in parts:
             try:
-                session = self._session(producer, pending.part.remote_rank, now)
+                session = self._session(producer, pending.worker, now)
             except PDError as exc:
                 self._end(pending, now, exc)
                 continue
@@ -427,19 +432,17 @@ class Consumer:
             if session.state is SessionState.READY:
                 self._guard(session, now, lambda p=pending, s=session: self._request(s, p, now))  # type: ignore[misc]
 
-    def _session(self, producer: _Producer, rank: int, now: float) -> _Session:
+    def _session(self, producer: _Producer, worker: WorkerAddress, now: float) -> _Session:
         """Return the session with a worker; open it if there is none."""
-        if session := producer.sessions.get(rank):
+        if session := producer.sessions.get(worker.tp_rank):
             return session
-        assert producer.info is not None
-        worker = next(w for w in producer.info.workers if w.tp_rank == rank)
         # ZeroMQ reserves identities that start with a zero byte.
         session_id = b"\x01" + secrets.token_bytes(15)
         client = self._context.client(worker.host, worker.port, identity=session_id)
         client.send(self._local)
         deadline = now + self._config.handshake_timeout_s
-        session = _Session(session_id, producer, rank, client, deadline)
-        producer.sessions[rank] = session
+        session = _Session(session_id, producer, worker.tp_rank, client, deadline)
+        producer.sessions[worker.tp_rank] = session
         # Back in the table, if the loss of another session had removed it.
         self._producers[producer.engine_id] = producer
         self._num_changes += 1
@@ -603,6 +606,10 @@ class Consumer:
         fetch, order = pending.fetch, pending.order
         fetch.advance(FetchState.FAILED if error else FetchState.DONE)
         if not pending.part.num_heads:
+            if error is not None and not isinstance(error, LeaseExpiredError):
+                # It was only to be told that it is not needed, and still holds its blocks.
+                address = pending.worker.host, pending.worker.port
+                self._outbox.send(address, Release(transfer_id=fetch.transfer_id), now)
             return
         requested = pending.requested or now
         ready = pending.ready or now

@@ -30,6 +30,7 @@ from vllm_pd.protocol.messages import (
     Goodbye,
     Hello,
     Refused,
+    Release,
 )
 from vllm_pd.protocol.state import LeaseTable
 from vllm_pd.session.channel import ControlServer
@@ -174,6 +175,8 @@ class Producer:
                 self._server.send(identity, Refused(reason="no session; say Hello first"))
             case GiveUp():
                 self._unpark(identity, message.fetch_id)
+            case Release():
+                self.release(message.transfer_id)
             case Goodbye():
                 self._forget(identity)
             case _:

@@ -227,6 +227,71 @@ def test_rank_of_which_nothing_is_needed_is_told_so_and_frees_at_once() -> None:
     assert error_of(consumer) is None
 
 
+@pytest.fixture
+def copied() -> World:
+    """Return two producer ranks that hold the same head, and a consumer that reads from the first.
+
+    Both have granted, and the consumer greets them.
+    """
+    world = World(2, {"d": 1}, 1)
+    grant_everywhere(world)
+    world.fetch(world.consumers[0], "a")
+    (describing,) = world.network.channels
+    world.deliver_to_server(describing)
+    world.deliver_to_client(describing)
+    return world
+
+
+def cut_off(world: World, rank: int) -> None:
+    """Cut the connections to one worker that there are now."""
+    for channel in world.network.channels:
+        if channel.port == world.port_of(rank):
+            channel.lose()
+    world.poll_consumers()
+
+
+def test_rank_that_could_not_be_told_frees_at_once_while_another_is_read(copied: World) -> None:
+    cut_off(copied, rank=1)
+    copied.run_control()
+    copied.collect()
+    assert list(copied.producers[1].freed) == list(copied.producers[1].granted)
+    assert not copied.producers[0].freed
+    copied.run()
+    assert error_of(copied.consumers[0]) is None
+    copied.drain()
+
+
+def test_rank_that_could_not_be_told_in_time_frees_its_blocks_when_it_gets_them() -> None:
+    world = World(2, {"d": 1}, 1)
+    world.grant(0, "a")
+    world.fetch(world.consumers[0], "a")
+    world.run()
+    cut_off(world, rank=1)
+    world.run()
+    world.grant(1, "a")
+    world.collect()
+    assert list(world.producers[1].freed) == list(world.producers[1].granted)
+    world.drain()
+
+
+def test_rank_of_which_nothing_is_needed_frees_at_once_when_the_fetch_is_aborted(
+    copied: World,
+) -> None:
+    (request_id,) = copied.consumers[0].unreported
+    copied.abort(copied.consumers[0], request_id)
+    copied.run()
+    assert all(list(p.freed) == list(p.granted) for p in copied.producers)
+    copied.drain()
+
+
+def test_rank_whose_lease_is_over_is_not_told_again(copied: World) -> None:
+    copied.producers[1].producer.release("a")
+    copied.run()
+    ports = [c.port for c in copied.network.channels if c.port == copied.port_of(1)]
+    assert len(ports) == 1
+    copied.drain()
+
+
 def test_fetch_needs_nothing_of_a_rank_that_only_holds_copies() -> None:
     """Its part may fail without harm: the bytes come from another one."""
     world = World(2, {"d": 1}, 1)
