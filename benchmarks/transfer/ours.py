@@ -16,7 +16,7 @@ from benchmarks.transfer.plan import Plan
 from benchmarks.transfer.wire import Wire
 from vllm_pd.config import ConnectorConfig, Digests
 from vllm_pd.protocol.messages import Fingerprint, KVLayout, WorkerAddress
-from vllm_pd.session.consumer import FetchRequest
+from vllm_pd.session.fetches import FetchRequest
 from vllm_pd.session.instance import InstanceEndpoint
 from vllm_pd.session.manager import LocalWorker, SessionManager
 from vllm_pd.session.producer import Grant

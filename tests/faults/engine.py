@@ -14,7 +14,7 @@ import msgspec
 from tests.transport_conformance import Arena
 from vllm_pd.config import ConnectorConfig
 from vllm_pd.protocol.messages import Fingerprint, KVLayout, WorkerAddress
-from vllm_pd.session.consumer import FetchRequest, FetchResult
+from vllm_pd.session.fetches import FetchRequest, FetchResult
 from vllm_pd.session.instance import InstanceEndpoint
 from vllm_pd.session.manager import LocalWorker, Results, SessionManager
 from vllm_pd.session.producer import Grant

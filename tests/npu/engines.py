@@ -20,7 +20,7 @@ from vllm_pd.config import ConnectorConfig, Digests
 from vllm_pd.connector.worker import PDConnectorWorker
 from vllm_pd.protocol.heads import heads_of_rank
 from vllm_pd.protocol.messages import WorkerAddress
-from vllm_pd.session.consumer import FetchRequest
+from vllm_pd.session.fetches import FetchRequest
 from vllm_pd.session.instance import InstanceEndpoint
 from vllm_pd.session.producer import Grant
 

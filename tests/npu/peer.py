@@ -62,7 +62,7 @@ class Peer:
 def main(engine_id: str, device: str) -> None:
     """Run the engine until standard input ends."""
     from tests.npu.engines import Model, NpuEngine
-    from vllm_pd.session.consumer import FetchRequest
+    from vllm_pd.session.fetches import FetchRequest
     from vllm_pd.session.producer import Grant
 
     engine = NpuEngine(engine_id, (int(device),), Model(8), first=5 * 10**6)

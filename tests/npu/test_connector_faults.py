@@ -23,7 +23,7 @@ from tests.npu.engines import (
     transports_used,
 )
 from tests.npu.peer import REQUEST, Peer
-from vllm_pd.session.consumer import FetchRequest
+from vllm_pd.session.fetches import FetchRequest
 from vllm_pd.session.producer import Grant
 
 GQA = Model(8)

@@ -9,7 +9,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorMetadata,
 )
 
-from vllm_pd.session.consumer import FetchRequest
+from vllm_pd.session.fetches import FetchRequest
 from vllm_pd.session.producer import Grant
 
 

@@ -23,7 +23,7 @@ from vllm_pd.protocol.params import (
     transfer_id_of,
     wants_remote_decode,
 )
-from vllm_pd.session.consumer import FetchRequest
+from vllm_pd.session.fetches import FetchRequest
 from vllm_pd.session.outbox import RemoteLease
 from vllm_pd.session.producer import Grant
 from vllm_pd.session.stats import FetchRecord

@@ -20,7 +20,7 @@ from vllm_pd.connector.kv_cache import KVCaches, memory_order, to_layout, to_reg
 from vllm_pd.errors import ConfigError
 from vllm_pd.protocol.heads import heads_of_rank
 from vllm_pd.protocol.messages import Fingerprint
-from vllm_pd.session.consumer import FetchRequest
+from vllm_pd.session.fetches import FetchRequest
 from vllm_pd.session.keys import load_cluster_key
 from vllm_pd.session.manager import LocalWorker, SessionManager
 from vllm_pd.session.producer import Grant

@@ -20,7 +20,8 @@ from vllm_pd.config import ConnectorConfig
 from vllm_pd.errors import PDError, PeerLostError
 from vllm_pd.protocol.messages import PROTOCOL_VERSION, Fingerprint, Hello, KVLayout
 from vllm_pd.session.channel import ControlContext, ControlServer
-from vllm_pd.session.consumer import Consumer, FetchRequest, FetchResult
+from vllm_pd.session.consumer import Consumer
+from vllm_pd.session.fetches import FetchRequest, FetchResult
 from vllm_pd.session.producer import Grant, Producer
 from vllm_pd.session.stats import FetchRecord, FetchTimeline, SessionStats, outcome_of
 from vllm_pd.transport.base import Transport

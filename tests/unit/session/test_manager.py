@@ -25,7 +25,7 @@ from vllm_pd.errors import (
     TransferTimeoutError,
 )
 from vllm_pd.protocol.messages import Fingerprint, KVLayout, WorkerAddress
-from vllm_pd.session.consumer import FetchRequest, FetchResult
+from vllm_pd.session.fetches import FetchRequest, FetchResult
 from vllm_pd.session.instance import InstanceEndpoint
 from vllm_pd.session.keys import write_cluster_key
 from vllm_pd.session.manager import LocalWorker, Results, SessionManager

@@ -30,7 +30,8 @@ from vllm_pd.protocol.messages import (
     decode,
     encode,
 )
-from vllm_pd.session.consumer import Consumer, FetchRequest, FetchResult
+from vllm_pd.session.consumer import Consumer
+from vllm_pd.session.fetches import FetchRequest, FetchResult
 from vllm_pd.session.producer import Grant, Producer
 
 INSTANCE_PORT = 1
