@@ -88,13 +88,24 @@ def test_transports_are_pumped_by_the_thread_that_computes_when_a_step_begins(
     assert pumped.threads == {threading.get_ident()}
 
 
+def test_transports_are_pumped_again_before_results_are_reported(
+    instance: Instance, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """V23 ``mixin.py:78-112``: after the forward pass, so what ended meanwhile is not late."""
+    pumped = Log(PDConnectorWorker, monkeypatch, "pump", "get_finished")
+    instance.engine.add(PROMPT, dict(KEEP))
+    instance.step()
+    assert pumped.calls == ["pump", "get_finished", "pump"]
+    assert pumped.threads == {threading.get_ident()}
+
+
 def test_empty_steps_pump_too(instance: Instance, monkeypatch: pytest.MonkeyPatch) -> None:
     """V23 ``mixin.py:42-44``: no ``wait_for_save`` then; a kept prefill keeps the engine going."""
     instance.engine.add(PROMPT, dict(KEEP))
     instance.step()
     pumped = Log(PDConnectorWorker, monkeypatch, "pump")
     assert instance.step().num_scheduled == {}
-    assert pumped.calls == ["pump"]
+    assert pumped.calls == ["pump", "pump"]
     assert instance.engine.num_requests == 1
 
 

@@ -37,6 +37,12 @@ FETCH_WAIT_S = 0.01
 PUMP_INTERVAL_S = 0.001
 """Pause between two looks of such a step at what a transport has for this thread to do."""
 
+LANDING_WAIT_S = 0.002
+"""Longest wait for the session thread to say what became of what a transport has ended.
+
+It takes a fraction of that; a result that is not there yet costs its request a whole step.
+"""
+
 
 class PDConnectorWorker:
     """One worker's part in transfers.
@@ -167,10 +173,16 @@ class PDConnectorWorker:
         """Report loads as failed, with their blocks, at the next ``get_finished``."""
         self._not_started += loads
 
-    def pump(self) -> None:
-        """Let transports issue what only the thread that computes may issue."""
+    def pump(self) -> bool:
+        """Let transports issue what only the thread that computes may issue.
+
+        Returns:
+            Whether something of it has ended.
+        """
+        has_ended = False
         for transport in self._pumped:
-            transport.pump()
+            has_ended |= transport.pump()
+        return has_ended
 
     def wait_for_fetch(self) -> None:
         """Let a fetch that is under way have this core, for a moment or until it ends.
@@ -202,6 +214,8 @@ class PDConnectorWorker:
         self._not_started = []
         if self._manager is None:
             return set(), finished_recving
+        if self.pump() and self._num_fetching:  # so that it is not reported a step late
+            self._manager.wait_results(LANDING_WAIT_S)
         results = self._manager.take_results()
         self._num_fetching -= len(results.fetched)
         for fetched in results.fetched:

@@ -125,6 +125,7 @@ class Consumer:
             return False
         part.order.num_bytes += outcome.num_bytes
         part.order.verify_s = max(part.order.verify_s, outcome.verify_s)
+        part.order.unseen_s = max(part.order.unseen_s, outcome.unseen_s)
         for session in self._sessions():
             if session.peer_id == outcome.peer_id:
                 session.pending.pop(outcome.transfer_id, None)

@@ -74,6 +74,7 @@ class Order:
     queued_s: float = 0.0
     transfer_s: float = 0.0
     verify_s: float = 0.0
+    unseen_s: float = 0.0
     error: PDError | None = None
 
     def end_part(self, part: OrderPart, now: float, error: PDError | None) -> bool:
@@ -109,6 +110,7 @@ class Order:
                 transfer_s=self.transfer_s,
                 verify_s=self.verify_s,
                 total_s=now - started,
+                unseen_s=self.unseen_s,
             ),
         )
         return FetchResult(request.request_id, request.block_ids, record, self.error)

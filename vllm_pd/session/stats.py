@@ -54,6 +54,8 @@ class FetchTimeline:
         transfer_s: until the last byte was here.
         verify_s: of that, computing and comparing digests.
         total_s: from the engine's order to the result.
+        unseen_s: of the transfer, at most: all was here and the engine's thread, which some
+            transports wait for, had not looked.
     """
 
     handshake_s: float = 0.0
@@ -61,6 +63,7 @@ class FetchTimeline:
     transfer_s: float = 0.0
     verify_s: float = 0.0
     total_s: float = 0.0
+    unseen_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -103,6 +103,8 @@ class TransferOutcome:
         num_bytes: bytes moved; 0 on failure.
         error: why it failed.
         verify_s: seconds spent on digests, on this side.
+        unseen_s: seconds, at most, in which the blocks were moved and the thread that computes
+            had not looked; of transports with ``needs_pump``.
     """
 
     peer_id: str
@@ -110,6 +112,7 @@ class TransferOutcome:
     num_bytes: int
     error: TransferError | None = None
     verify_s: float = field(default=0.0, compare=False)
+    unseen_s: float = field(default=0.0, compare=False)
 
 
 class Transport(ABC):
@@ -216,12 +219,16 @@ class Transport(ABC):
     def poll(self) -> list[TransferOutcome]:
         """Make progress and return the transfers that ended since the last call."""
 
-    def pump(self) -> None:  # noqa: B027 - nothing to do by default
+    def pump(self) -> bool:
         """Issue what only the thread that computes may issue; called by it, between steps.
 
         A library that wants all operations of a device from one thread leaves no other
         choice. Called only where ``needs_pump``.
+
+        Returns:
+            Whether something of it has ended, so that ``poll`` may soon have outcomes.
         """
+        return False
 
     @abstractmethod
     def close(self) -> None:

@@ -195,8 +195,8 @@ class FaultyTransport(Transport):
         self._wake()
         return outcomes
 
-    def pump(self) -> None:  # noqa: D102
-        self._inner.pump()
+    def pump(self) -> bool:  # noqa: D102
+        return self._inner.pump()
 
     def close(self) -> None:  # noqa: D102
         self._inner.close()

@@ -32,6 +32,7 @@ class Posted:
         is_over: nothing touches the blocks any more; the outcome is due.
         error: why it failed.
         verify_s: seconds spent on digests.
+        unseen_s: see ``TransferOutcome``.
     """
 
     peer_id: str
@@ -46,6 +47,7 @@ class Posted:
     is_over: bool = False
     error: TransferError | None = None
     verify_s: float = 0.0
+    unseen_s: float = 0.0
 
 
 class Ledger:
@@ -111,6 +113,7 @@ class Ledger:
                         num_bytes,
                         posted.error,
                         posted.verify_s,
+                        posted.unseen_s,
                     )
                 )
             if not queue:

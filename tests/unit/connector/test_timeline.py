@@ -66,6 +66,7 @@ def test_request_that_asked_gets_its_fetch_in_microseconds(timelines: Timelines)
             "transfer_s": 0.003,
             "verify_s": 0.0005,
             "total_s": 0.006123,
+            "unseen_s": 0.0,
             "outcome": "ok",
             "num_bytes": 4096,
             "num_bytes_saved": 512,
