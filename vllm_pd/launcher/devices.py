@@ -17,6 +17,7 @@ from vllm_pd.errors import ConfigError
 from vllm_pd.launcher.network import find_host_ip, interface_of, resolve, used_ports
 from vllm_pd.launcher.npu_env import Network
 from vllm_pd.launcher.npu_smi import Npu, parse_info
+from vllm_pd.launcher.port_claims import claimed_ports
 
 DEVICES = ("npu", "cuda", "cpu")
 VISIBLE_DEVICES = {"npu": "ASCEND_RT_VISIBLE_DEVICES", "cuda": "CUDA_VISIBLE_DEVICES"}
@@ -35,7 +36,7 @@ class Machine:
         pool: device ids, or CPU core numbers, in the order they are given out.
         mem_available_gib: host memory that can be used without swapping.
         network: how other hosts reach this one; NPUs only.
-        used_ports: TCP ports in use; NPUs only.
+        used_ports: TCP ports in use or claimed; NPUs only.
         npus: what the tool tells of the NPUs; nothing where there is no tool.
     """
 
@@ -71,7 +72,8 @@ def find_machine(
         return Machine(device, pool, available_memory_gib())
     host_ip = find_host_ip() if host is None else resolve(host)
     network = Network(host_ip, interface_of(host_ip)) if host_ip else None
-    return Machine(device, pool, available_memory_gib(), network, used_ports(), query_npus())
+    ports = used_ports() | claimed_ports()
+    return Machine(device, pool, available_memory_gib(), network, ports, query_npus())
 
 
 def check_engine(device: str) -> None:

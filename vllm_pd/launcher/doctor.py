@@ -22,6 +22,7 @@ from vllm_pd.launcher.devices import Machine, find_machine
 from vllm_pd.launcher.network import used_ports
 from vllm_pd.launcher.npu_env import port_ranges
 from vllm_pd.launcher.npu_smi import complaints
+from vllm_pd.launcher.port_claims import claimed_ports
 
 DRIVER_VERSION = Path("/usr/local/Ascend/driver/version.info")
 HCCN_CONF = Path("/etc/hccn.conf")
@@ -88,7 +89,7 @@ def examine(device: str | None, environ: Mapping[str, str]) -> list[Check]:
     if "VLLM_PLUGINS" in environ:
         checks.append(check_plugins(machine.device, environ["VLLM_PLUGINS"]))
     checks += [
-        check_ports(used_ports(), with_hccl=machine.device == "npu"),
+        check_ports(used_ports() | claimed_ports(), with_hccl=machine.device == "npu"),
         check_shared_memory(shutil.disk_usage(SHARED_MEMORY).total / 2**30),
         check_clock(
             time.clock_gettime(time.CLOCK_REALTIME), is_synchronised=clock_is_synchronised()
@@ -164,15 +165,28 @@ def check_hccn(path: Path, num_npus: int) -> Check:
 
 
 def check_cann(environ: Mapping[str, str], toolkit: Path) -> Check:
-    """Look whether libhccl can be found."""
+    """Look whether libhccl can be found, and tell the version of CANN."""
     folders = [Path(p) for p in environ.get("LD_LIBRARY_PATH", "").split(":") if p]
     named = environ.get("HCCL_SO_PATH")
     candidates = [Path(named)] if named else [folder / "libhccl.so" for folder in folders]
     for path in candidates:
         if path.is_file():
-            return Check("CANN", Verdict.OK, str(path))
+            version = cann_version(Path(environ.get("ASCEND_TOOLKIT_HOME") or toolkit))
+            return Check("CANN", Verdict.OK, f"{version or 'of unknown version'}, {path}")
     advice = f"source {toolkit.parent}/set_env.sh, or set HCCL_SO_PATH"
     return Check("CANN", Verdict.PROBLEM, "no libhccl.so", advice)
+
+
+def cann_version(toolkit: Path) -> str | None:
+    """Return the version that a toolkit says it has; None: it does not say.
+
+    Looks for ``ARCH-linux/ascend_toolkit_install.info`` with a line ``version=``, as the
+    toolkit's installer is known to leave it; not seen on CANN 9.1.
+    """
+    for path in sorted(toolkit.glob("*-linux/ascend_toolkit_install.info")):
+        if found := re.search(r"^version=(\S+)", path.read_text(errors="replace"), re.MULTILINE):
+            return found[1]
+    return None
 
 
 def check_ports(used: frozenset[int], *, with_hccl: bool) -> Check:

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 
@@ -23,6 +23,7 @@ from vllm_pd.launcher.events import (
 )
 from vllm_pd.launcher.logs import last_lines, start_new_log
 from vllm_pd.launcher.plan import DeploymentPlan
+from vllm_pd.launcher.port_claims import claim_ports
 from vllm_pd.launcher.progress import Progress
 from vllm_pd.launcher.run_dir import SUPERVISOR, RunDir
 from vllm_pd.launcher.stop import stop_recorded
@@ -61,11 +62,13 @@ def launch(
         The supervisor, which outlives this process.
 
     Raises:
+        ConfigError: another deployment took ports for HCCL in this moment.
         LaunchError: it did not come up; the last lines of the log are shown, and
             everything that was started is stopped.
         UpInterruptedError: SIGINT or SIGTERM; everything is stopped.
     """
-    supervisor, events_fd = _spawn(plan, run_dir, lock_fd)
+    with claim_ports(plan) as claims:
+        supervisor, events_fd = _spawn(plan, run_dir, (lock_fd, *claims))
     try:
         with _sigterm_as_interrupt():
             try:
@@ -85,9 +88,15 @@ def launch(
 
 
 def _spawn(
-    plan: DeploymentPlan, run_dir: RunDir, lock_fd: int
+    plan: DeploymentPlan, run_dir: RunDir, held_fds: Sequence[int]
 ) -> tuple[subprocess.Popen[bytes], int]:
-    """Start the supervisor; return it with the reading end of its event pipe."""
+    """Start the supervisor; return it with the reading end of its event pipe.
+
+    Args:
+        plan: what to start.
+        run_dir: where the logs go.
+        held_fds: locks that the supervisor goes on holding.
+    """
     for name in (SUPERVISOR, *(spec.name for spec in plan.processes)):
         start_new_log(run_dir.log_path(name))
     environ = {key: value for key, value in os.environ.items() if key not in OWN_VARIABLES}
@@ -100,7 +109,7 @@ def _spawn(
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                pass_fds=(lock_fd, write_fd),
+                pass_fds=(write_fd, *held_fds),
                 start_new_session=True,
             )
         assert supervisor.stdin is not None

@@ -20,6 +20,8 @@ RANGE_LEN = 64
 
 _LAST_PORT = 65535
 
+PORT_RANGE_VARIABLES = ("HCCL_HOST_SOCKET_PORT_RANGE", "HCCL_NPU_SOCKET_PORT_RANGE")
+
 DEFAULTS = {
     "PYTORCH_NPU_ALLOC_CONF": "expandable_segments:True",
     "TASK_QUEUE_ENABLE": "1",
@@ -108,9 +110,7 @@ def npu_envs(
     ranges = port_ranges(2 * num_instances, taken)
     envs = []
     for host, npu in zip(ranges[::2], ranges[1::2], strict=True):
-        env = common | {
-            "HCCL_HOST_SOCKET_PORT_RANGE": f"{host.start}-{host.stop - 1}",
-            "HCCL_NPU_SOCKET_PORT_RANGE": f"{npu.start}-{npu.stop - 1}",
-        }
+        texts = [f"{ports.start}-{ports.stop - 1}" for ports in (host, npu)]
+        env = common | dict(zip(PORT_RANGE_VARIABLES, texts, strict=True))
         envs.append({name: value for name, value in env.items() if name not in environ})
     return envs

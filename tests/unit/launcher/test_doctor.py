@@ -131,6 +131,22 @@ def test_libhccl_is_found_where_the_loader_looks(tmp_path: Path) -> None:
     assert check.verdict is Verdict.OK
 
 
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("package_name=Ascend-cann-toolkit\nversion=9.1.0\narch=aarch64\n", "9.1.0, "),
+        ("package_name=Ascend-cann-toolkit\n", "of unknown version, "),
+    ],
+)
+def test_version_of_cann_is_told(tmp_path: Path, text: str, found: str) -> None:
+    (tmp_path / "libhccl.so").touch()
+    (tmp_path / "aarch64-linux").mkdir()
+    (tmp_path / "aarch64-linux" / "ascend_toolkit_install.info").write_text(text)
+    environ = {"LD_LIBRARY_PATH": str(tmp_path), "ASCEND_TOOLKIT_HOME": str(tmp_path)}
+    check = check_cann(environ, Path("/opt/latest"))
+    assert check.found == f"{found}{tmp_path}/libhccl.so"
+
+
 def test_libhccl_that_is_missing_is_a_problem_with_a_command() -> None:
     check = check_cann({"HCCL_SO_PATH": "/nowhere/libhccl.so"}, Path("/opt/latest"))
     assert (check.verdict, "source /opt/set_env.sh" in check.advice) == (Verdict.PROBLEM, True)
