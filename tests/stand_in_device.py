@@ -139,7 +139,8 @@ class StandInStream:
     def __init__(self, device: StandInDevice, gate: threading.Event) -> None:
         self._device = device
         self._gate = gate
-        self._ops: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()
+        self._ops: queue.SimpleQueue[tuple[int, Callable[[], object]] | None] = queue.SimpleQueue()
+        self._num_aborts = 0
         self._error: Exception | None = None
         self.unpublished: list[Callable[[], object]] = []
         self._thread = threading.Thread(target=self._run, name="stand-in-stream", daemon=True)
@@ -149,7 +150,7 @@ class StandInStream:
         self._check()
         refusal = self._device.ask(self)
         if refusal is None or refusal.is_half_done:
-            self._ops.put(self._device.fault(self) or work)
+            self._put(self._device.fault(self) or work)
         if refusal is not None:
             raise refusal.error
 
@@ -157,13 +158,13 @@ class StandInStream:
         self._check()
         event = StandInEvent()
         self._device.count(self, +1)
-        self._ops.put(lambda: self._end(event))
+        self._put(lambda: self._end(event))
         return event
 
     def wait(self, mark: Sequence[StandInEvent]) -> None:
         self._check()
         for event in mark:
-            self._ops.put(functools.partial(self._device.block, event))
+            self._put(functools.partial(self._device.block, event))
 
     def synchronize(self) -> None:
         self.record().synchronize()
@@ -173,6 +174,13 @@ class StandInStream:
         for effect in self.unpublished:
             effect()
         self.unpublished.clear()
+
+    def abort(self) -> None:
+        """Drop what has not begun; events behind it never come."""
+        self._num_aborts += 1
+
+    def _put(self, op: Callable[[], object]) -> None:
+        self._ops.put((self._num_aborts, op))
 
     def close(self) -> None:
         self._ops.put(None)
@@ -191,8 +199,11 @@ class StandInStream:
 
     def _run(self) -> None:
         _current.stream = self
-        while (op := self._ops.get()) is not None:
+        while (entry := self._ops.get()) is not None:
+            num_aborts, op = entry
             self._gate.wait()
+            if num_aborts < self._num_aborts:
+                continue
             try:
                 op()
             except Exception as exc:  # noqa: BLE001 - any error of work is the event's

@@ -106,7 +106,24 @@ FULL_VERSION = 8
 MINIMAL_VERSION = 1
 
 
-def make_config(*, buffer_mb: int, exec_timeout_s: int, capability: int) -> CommConfig:
+def expansion_mode_of(soc: str) -> int:
+    """Return where a chip's Send and Recv are unfolded, as ``hcclOpExpansionMode`` has it.
+
+    Without it HCCL_OP_EXPANSION_MODE holds, which users set to AIV for the model. That is
+    nothing to Send and Recv, which go by the host on A2 and by the AI CPU on A3 then, but
+    not all communicators of a device may be AIV (HCCL 9.1, ``HCCL_OP_EXPANSION_MODE.md``).
+
+    Args:
+        soc: name of the chip, e.g. ``Ascend910B3`` (A2) or ``Ascend910_9392`` (A3).
+    """
+    if soc.startswith("Ascend910B"):
+        return 1  # host
+    return 2 if soc.startswith("Ascend910_93") else 0  # AI CPU; HCCL's default
+
+
+def make_config(
+    *, buffer_mb: int, exec_timeout_s: int, capability: int, expansion_mode: int = 0
+) -> CommConfig:
     """Return a communicator's configuration; both sides must pass an equal one.
 
     Args:
@@ -115,6 +132,7 @@ def make_config(*, buffer_mb: int, exec_timeout_s: int, capability: int) -> Comm
             without the capability HCCL_EXEC_TIMEOUT holds, 1836 s unless it is set.
         capability: what ``HcclGetCommConfigCapability`` answered; 0 if there is no such
             function.
+        expansion_mode: see ``expansion_mode_of``; needs the capability, too.
     """
     config = CommConfig(
         magic=_MAGIC,
@@ -127,6 +145,7 @@ def make_config(*, buffer_mb: int, exec_timeout_s: int, capability: int) -> Comm
     if capability > _CAN_SET_EXEC_TIMEOUT:
         config.size, config.version = FULL_LEN, FULL_VERSION
         config.exec_timeout_s = exec_timeout_s
+        config.expansion_mode = expansion_mode
     else:
         config.size, config.version = MINIMAL_LEN, MINIMAL_VERSION
     return config

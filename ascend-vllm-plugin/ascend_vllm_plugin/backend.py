@@ -49,6 +49,13 @@ class EngineStream(Protocol):
     def wait(self, mark: Mark) -> None:
         """Let what is submitted from now on run after ``mark``; does not block."""
 
+    def abort(self) -> None:
+        """Let the device do nothing more of what was submitted; does not wait for it.
+
+        Raises:
+            RuntimeError: it cannot be made to.
+        """
+
     @property
     def handle(self) -> int:
         """``aclrtStream``, after all work that torch has queued was issued to the device."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 from collections.abc import Callable
 from typing import Any
@@ -84,6 +85,18 @@ class NpuStream:
         """See ``EngineStream``."""
         for event in mark:
             self._stream.wait_event(event)
+
+    def abort(self) -> None:
+        """See ``EngineStream``.
+
+        ``aclrtStreamAbort`` drops what has not begun and stops what has (``acl_rt.h`` of
+        torch-npu 2.13: "abort unexecuted tasks and pause executing tasks on the stream").
+        """
+        acl = ctypes.CDLL("libascendcl.so")
+        if not hasattr(acl, "aclrtStreamAbort"):
+            raise RuntimeError("this CANN has no aclrtStreamAbort")
+        if code := acl.aclrtStreamAbort(ctypes.c_void_p(self.handle)):
+            raise RuntimeError(f"aclrtStreamAbort failed with error {code}")
 
     @property
     def handle(self) -> int:

@@ -5,6 +5,9 @@ model's own are issued by the engine's thread, or by torch_npu's queue behind it
 jobs wait until that thread calls ``pump`` between two steps. It issues them, which
 takes no longer than queueing does, and looks which of the earlier ones are over. It
 never waits for the device.
+
+What the device does not end in time is given up: its stream is aborted, so that nothing
+behind it touches the KV cache any more, and its memory stays with it for good.
 """
 
 from __future__ import annotations
@@ -15,12 +18,15 @@ import time
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ascend_vllm_plugin.backend import EngineDevice, EngineEvent, HcclError
 from vllm_pd.transport.lanes import one_line
 
 logger = logging.getLogger(__name__)
+
+OVERDUE_S = 5.0
+"""Grace after the execution timeout, in which HCCL itself should have ended an operation."""
 
 _CLOSE_TIMEOUT_S = 5.0
 _CLOSE_PAUSE_S = 0.001
@@ -38,6 +44,8 @@ class Job(ABC):
         must_run: whether a peer counts on it, so that it is issued even if nobody here
             wants it any more.
         is_dropped: nobody here wants it any more; set before it is issued, or never.
+        is_left: it was given up under way: the device may still know its memory.
+        unseen_s: once it is done: for how long at most nobody had looked whether it was.
     """
 
     must_run = False
@@ -45,6 +53,8 @@ class Job(ABC):
     def __init__(self, on_done: Callable[[str | None], None]) -> None:
         self.on_done = on_done
         self.is_dropped = False
+        self.is_left = False
+        self.unseen_s = 0.0
 
     @abstractmethod
     def issue(self) -> EngineEvent | None:
@@ -59,6 +69,19 @@ class Job(ABC):
         """Return an event behind what ``issue`` issued before it failed."""
         return None
 
+    @property
+    def is_lost(self) -> bool:
+        """Whether its stream was given up."""
+        return False
+
+    @abstractmethod
+    def give_up(self) -> None:
+        """Let the device do nothing more for what was issued; see ``is_lost`` then.
+
+        Raises:
+            RuntimeError: this cannot be made sure.
+        """
+
     def check(self, elapsed_s: float) -> None:  # noqa: B027 - most jobs need no check
         """Look whether the work that is over did what it should.
 
@@ -72,12 +95,21 @@ class Job(ABC):
 
 @dataclass(frozen=True, slots=True)
 class _Flight:
-    """A job that was issued."""
+    """A job that was issued.
+
+    Attributes:
+        job: which.
+        event: behind its work.
+        issued: when, of ``time.monotonic``.
+        error: why it has failed already.
+        is_stuck: it was to be given up, and could not be.
+    """
 
     job: Job
     event: EngineEvent
     issued: float
     error: str | None
+    is_stuck: bool = False
 
 
 class Engine:
@@ -86,11 +118,24 @@ class Engine:
     Args:
         device: where they run.
         wake: called when ``take_done`` has something; on any thread.
+        limit_s: longest time from the issue of a job to its end, in seconds.
+        clock: in seconds.
     """
 
-    def __init__(self, device: EngineDevice, wake: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        device: EngineDevice,
+        wake: Callable[[], None],
+        *,
+        limit_s: float,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._device = device
         self._wake = wake
+        self._limit_s = limit_s
+        self._clock = clock
+        self._looked = clock()
+        self._lost: list[Job] = []  # kept, with the memory that the device may still know
         self._mutex = threading.Lock()  # of the queue; held for moments only
         self._running = threading.Lock()  # held by whoever works with the device
         self._queue: deque[Job] = deque()
@@ -153,15 +198,16 @@ class Engine:
 
     # The engine's thread
 
-    def pump(self) -> None:
-        """Issue what waits, and look at what is under way."""
+    def pump(self) -> bool:
+        """Issue what waits, and look at what is under way; return whether something ended."""
         if not self.has_work:
-            return
+            return False
         with self._running:
             if not self._is_closed:
                 self._step()
-        if self._done:
+        if has_ended := bool(self._done):
             self._wake()
+        return has_ended
 
     def _step(self) -> None:
         self._bind()
@@ -190,7 +236,7 @@ class Engine:
         if event is None:
             self._done.append((job, error))
         else:
-            self._flights.append(_Flight(job, event, time.monotonic(), error))
+            self._flights.append(_Flight(job, event, self._clock(), error))
 
     def _event_behind(self, job: Job) -> EngineEvent | None:
         try:
@@ -200,22 +246,60 @@ class Engine:
             return None
 
     def _land(self) -> None:
-        """Look which jobs are over."""
+        """Look which jobs are over, and give up those that should be."""
+        now, before = self._clock(), self._looked
+        self._looked = now
         flights, self._flights = self._flights, []
         for flight in flights:
             error = flight.error
             try:
                 if not flight.event.is_over:
-                    self._flights.append(flight)
+                    self._flights.append(self._check_time(flight, now))
                     continue
                 flight.event.synchronize()  # returns at once, or says that the stream failed
-                flight.job.check(time.monotonic() - flight.issued)
+                flight.job.check(now - flight.issued)
             except (RuntimeError, HcclError) as exc:
                 error = error or one_line(exc)
+            flight.job.unseen_s = now - max(before, flight.issued)
             self._done.append((flight.job, error))
+        self._write_off()
+
+    def _check_time(self, flight: _Flight, now: float) -> _Flight:
+        """Give up a job that takes too long."""
+        elapsed_s = now - flight.issued
+        if elapsed_s < self._limit_s or flight.is_stuck or flight.job.is_lost:
+            return flight
+        error = f"the device did not end an operation within {elapsed_s:.0f} s"
+        if obstacle := _give_up(flight.job):
+            logger.error(
+                "hccl: %s, and it cannot be aborted: %s; its request waits until it ends: "
+                "restart this instance",
+                error,
+                obstacle,
+            )
+        else:
+            logger.error("hccl: %s; its stream is aborted, and its memory not used again", error)
+        return replace(flight, error=error, is_stuck=bool(obstacle))
+
+    def _write_off(self) -> None:
+        """End all jobs whose stream was given up; one of them takes the others with it."""
+        for flight in [flight for flight in self._flights if flight.job.is_lost]:
+            self._flights.remove(flight)
+            flight.job.is_left = True
+            self._lost.append(flight.job)
+            self._done.append((flight.job, flight.error or "its stream was aborted"))
 
     def _bind(self) -> None:
         """Let the calling thread use the device; torch remembers it by thread."""
         if self._bound != threading.get_ident():
             self._device.bind_thread()
             self._bound = threading.get_ident()
+
+
+def _give_up(job: Job) -> str:
+    """Return why a job cannot be given up; ``""`` if it is."""
+    try:
+        job.give_up()
+    except RuntimeError as exc:
+        return one_line(exc)
+    return ""

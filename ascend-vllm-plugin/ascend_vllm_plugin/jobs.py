@@ -32,16 +32,31 @@ MEETING_WINDOW_S = 0.01
 _SEEN_LEN = 64 * 1024  # what a fault may look at and damage
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)
 class Channel:
     """A communicator with one peer and the stream of its operations.
 
     Each has a stream of its own: on a common one a Send that waits for its peer would
     hold up what another peer waits for, and so in a circle.
+
+    Attributes:
+        communicator: with the peer.
+        stream: of its operations and of what belongs to them.
+        is_lost: an operation did not end; neither is used or freed again.
     """
 
     communicator: Communicator
     stream: EngineStream
+    is_lost: bool = False
+
+    def give_up(self) -> None:
+        """Abort what the stream has to do.
+
+        Raises:
+            RuntimeError: it cannot be aborted.
+        """
+        self.stream.abort()
+        self.is_lost = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +117,14 @@ class ConnectJob(Job):
             self.blocked_s = time.monotonic() - started
         return stream.record()
 
+    @property
+    def is_lost(self) -> bool:  # noqa: D102
+        return self.channel is not None and self.channel.is_lost
+
+    def give_up(self) -> None:  # noqa: D102
+        assert self.channel is not None  # it has issued something
+        self.channel.give_up()
+
     def _connect(self, stream: EngineStream) -> Channel:
         is_leader = self._meeting.is_leader
         root = self._meeting.root
@@ -128,7 +151,12 @@ class EndJob(Job):
         self._channel = channel
         self._event: EngineEvent | None = None
 
+    def give_up(self) -> None:  # noqa: D102
+        raise AssertionError("the end of a communicator leaves nothing under way")
+
     def issue(self) -> EngineEvent | None:  # noqa: D102
+        if self._channel.is_lost:
+            return None  # it may be busy for ever: its memory is lost until the process ends
         try:
             if self._event is None:
                 self._event = self._channel.stream.record()
@@ -186,8 +214,24 @@ class _StreamJob(Job):
         super().__init__(on_done)
         self._channel = channel
 
+    @property
+    def is_lost(self) -> bool:
+        return self._channel.is_lost
+
+    def give_up(self) -> None:
+        self._channel.give_up()
+
     def settle_event(self) -> EngineEvent | None:
-        return self._channel.stream.record()
+        return None if self.is_lost else self._channel.stream.record()
+
+    def _check_channel(self) -> None:
+        """Refuse to issue anything behind what was given up.
+
+        Raises:
+            HcclError: the channel is lost.
+        """
+        if self.is_lost:
+            raise HcclError("an earlier operation did not end")
 
     def _take(self, sample: Sample, buffer: torch.Tensor) -> None:
         """Copy a portion of the KV cache to the host."""
@@ -215,6 +259,7 @@ class SampleJob(_StreamJob):
         self._buffer = buffer
 
     def issue(self) -> EngineEvent | None:  # noqa: D102
+        self._check_channel()
         self._take(self._sample, self._buffer)
         return self._channel.stream.record()
 
@@ -259,6 +304,7 @@ class SendJob(_MoveJob):
         self._on_issued = on_issued
 
     def issue(self) -> EngineEvent | None:  # noqa: D102
+        self._check_channel()
         stream, load = self._channel.stream, self._load
         for chunk, length in enumerate(load.lens):
             stream.submit(lambda chunk=chunk: load.plan.gather(chunk, load.buffer))  # type: ignore[misc]
@@ -290,6 +336,7 @@ class RecvJob(_MoveJob):
         self._on_received = on_received
 
     def issue(self) -> EngineEvent | None:  # noqa: D102
+        self._check_channel()
         stream, load = self._channel.stream, self._load
         for chunk, length in enumerate(load.lens):
             self._channel.communicator.recv(load.buffer[:length], stream)

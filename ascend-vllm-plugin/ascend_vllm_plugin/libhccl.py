@@ -19,6 +19,7 @@ from ascend_vllm_plugin.abi import (
     CommConfig,
     Result,
     describe,
+    expansion_mode_of,
     make_config,
 )
 from ascend_vllm_plugin.backend import Backend, Communicator, EngineStream, HcclError
@@ -107,6 +108,7 @@ class CtypesBackend(Backend):
     Args:
         buffer_mb: size of each of a communicator's two buffers, in MB.
         exec_timeout_s: longest wait of an operation for its other half.
+        soc: name of the chip.
 
     Raises:
         HcclError: libhccl cannot be used.
@@ -114,12 +116,13 @@ class CtypesBackend(Backend):
 
     name = "ctypes"
 
-    def __init__(self, *, buffer_mb: int, exec_timeout_s: int) -> None:
+    def __init__(self, *, buffer_mb: int, exec_timeout_s: int, soc: str) -> None:
         self._library = HcclLibrary(library_path(os.environ))
         self._config = make_config(
             buffer_mb=buffer_mb,
             exec_timeout_s=exec_timeout_s,
             capability=self._library.capability,
+            expansion_mode=expansion_mode_of(soc),
         )
         if self._config.exec_timeout_s != exec_timeout_s:
             logger.warning(

@@ -19,8 +19,11 @@ from ascend_vllm_plugin.backend import HcclError
 from ascend_vllm_plugin.wire import Begin, Coming, Present, Retract, Retracted, SetUpFrame
 from vllm_pd.errors import RemoteProtocolError
 
-_ANSWER_TIMEOUT_S = 5.0
-"""Longest wait for leave; the peer's session thread gives it, which never blocks."""
+ANSWER_TIMEOUT_S = 5.0
+"""Longest wait for the peer's answer where a step cannot go on without: to Retract, which its
+session thread gives, so within a round trip; or to Begin, which its engine's thread waits for.
+Whoever does not get one fails the set-up, and with it the fetch that waited for it.
+"""
 
 
 class Meeting:
@@ -72,7 +75,7 @@ class Meeting:
         """
         self._post(Begin(root=root))
         with self._changed:
-            if not self._wait(lambda: self._is_coming, _ANSWER_TIMEOUT_S):
+            if not self._wait(lambda: self._is_coming, ANSWER_TIMEOUT_S):
                 raise HcclError("the peer does not answer")
 
     def _lead(self, window_s: float) -> bool:
@@ -90,7 +93,7 @@ class Meeting:
         with self._changed:
             if not self._wait(lambda: self._has_begun, window_s):
                 self._post(Retract())
-                if not self._wait(lambda: self._has_begun or self._has_leave, _ANSWER_TIMEOUT_S):
+                if not self._wait(lambda: self._has_begun or self._has_leave, ANSWER_TIMEOUT_S):
                     raise HcclError("the peer does not answer")
             has_begun = self._has_begun
         if has_begun:

@@ -13,8 +13,9 @@ from ascend_vllm_plugin.transfers import Transfer, covers, sample_of
 from ascend_vllm_plugin.wire import Go
 from vllm_pd.config import Digests
 from vllm_pd.transport.base import KVRegion, TransportOptions
-from vllm_pd.transport.chunks import Piece, slice_len
+from vllm_pd.transport.chunks import Chunk, Piece, plan_chunks, slice_len
 from vllm_pd.transport.digests import choose_pieces
+from vllm_pd.transport.ledger import Posted
 
 OnDone: TypeAlias = Callable[[str | None], None]
 
@@ -49,7 +50,13 @@ class Mover:
         self._settings = settings
         self._options = options
         self._planner = Planner(regions, device)
+        self._chunk_len = chunk_len
         self.buffer_len = max(chunk_len, *(region.block_len for region in regions))
+
+    def chunks_of(self, posted: Posted) -> list[Chunk]:
+        """Return what is sent one after the other for a transfer."""
+        num_blocks = len(posted.block_ids)
+        return plan_chunks(self._regions, posted.heads, num_blocks, max_len=self._chunk_len)
 
     def vouch(self, transfer: Transfer) -> Go:
         """Producer: choose what to vouch for; return what the consumer is to be told."""

@@ -33,16 +33,19 @@ def open_npu(regions: Sequence[KVRegion]) -> NpuDevice:
     return NpuDevice(indices.pop())
 
 
-def open_backend(settings: Settings, host: str) -> Backend:
+def open_backend(settings: Settings, host: str, soc: str) -> Backend:
     """Load the backend that is asked for.
 
     Args:
         settings: which, and how.
         host: address at which peers reach this worker.
+        soc: name of the chip.
 
     Raises:
         HcclError: it cannot be used.
     """
     if settings.backend == ProcessGroupBackend.name:
         return ProcessGroupBackend(host=host, buffer_mb=settings.buffer_mb)
-    return CtypesBackend(buffer_mb=settings.buffer_mb, exec_timeout_s=settings.exec_timeout_s)
+    return CtypesBackend(
+        buffer_mb=settings.buffer_mb, exec_timeout_s=settings.exec_timeout_s, soc=soc
+    )

@@ -1,5 +1,9 @@
 """From a link between two workers to a communicator between their NPUs.
 
+A pair wants turns only when both workers have the link, so that nobody's turn waits for a
+peer that cannot be reached; and one that has a turn and does not get on loses it, after
+as long as a transfer may take. What HCCL itself has begun ends with HCCL's own timeout.
+
 Runs on the session's thread; the communicator itself is created by the engine's. When
 both workers have their turn, see ``turns``, both put a job for their engines, which
 meet, see ``meeting``.
@@ -9,6 +13,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,7 +22,15 @@ from ascend_vllm_plugin.engine import Engine
 from ascend_vllm_plugin.jobs import Channel, ConnectJob, EndJob, Tools
 from ascend_vllm_plugin.meeting import Meeting
 from ascend_vllm_plugin.turns import Action, Step, Turns
-from ascend_vllm_plugin.wire import Address, AnyFrame, Grant, Request, SetUpFrame
+from ascend_vllm_plugin.wire import (
+    Address,
+    AnyFrame,
+    Grant,
+    Ready,
+    Request,
+    SetUpFrame,
+    TurnFrame,
+)
 from vllm_pd.errors import RemoteProtocolError
 from vllm_pd.transport.links import Direction
 
@@ -36,7 +49,8 @@ class Pair:
         meeting: of the engines.
         job: what creates the communicator, once both have their turn.
         channel: once it is created, until the pair ends.
-        started: when the job was put, of ``time.monotonic``.
+        turn_since: when it got this worker's turn, of ``time.monotonic``.
+        started: when the job was put, likewise.
         blocked_s: time that HCCL held the engine for it.
         is_over: the link is lost; a new link is a new pair.
     """
@@ -48,6 +62,7 @@ class Pair:
     meeting: Meeting
     job: ConnectJob | None = None
     channel: Channel | None = None
+    turn_since: float = 0.0
     started: float = 0.0
     blocked_s: float = 0.0
     is_over: bool = False
@@ -66,11 +81,13 @@ class Local:
         worker: id of this worker.
         engine: runs the jobs.
         tools: create communicators.
+        limit_s: longest time that a pair has the worker's turn and does not get on.
     """
 
     worker: str
     engine: Engine
     tools: Tools
+    limit_s: float
 
 
 class Pairs:
@@ -100,8 +117,30 @@ class Pairs:
         self._pairs: dict[str, Pair] = {}
         self._numbers = itertools.count()
 
+    @property
+    def deadline(self) -> float:
+        """When ``expire`` has something to do, of ``time.monotonic``; any thread may ask."""
+        pair = self._pairs.get(self._turns.holder or "")
+        return math.inf if pair is None else pair.turn_since + self._local.limit_s
+
+    def expire(self, now: float) -> None:
+        """Take the turn from a pair that does not get on; it has failed.
+
+        Args:
+            now: of ``time.monotonic``.
+        """
+        if now < self.deadline:
+            return
+        pair = self._pairs[self._turns.holder or ""]
+        if pair.job is not None and not self._local.engine.withdraw(pair.job):
+            return  # HCCL has begun, or the engine's thread just looks for the peer's
+        pair.job = None
+        reason = f"the peer's engine did not come within {self._local.limit_s:g} s"
+        has_begun = False
+        self._on_failed(pair, reason, has_begun)
+
     def begin(self, peer_id: str, direction: Direction, address: Address) -> Pair:
-        """Set a pair up whose link is there, or will be; return it."""
+        """Set a pair up; return it. A producer has the link, a consumer may still wait for it."""
         pair: Pair
 
         def post(frame: SetUpFrame) -> None:
@@ -111,17 +150,27 @@ class Pairs:
         name = f"{next(self._numbers)}:{direction.name}:{peer_id}"
         pair = Pair(name, peer_id, direction, address, Meeting(is_leader=is_leader, post=post))
         self._pairs[pair.name] = pair
-        if is_leader:
-            self._take(self._turns.want(pair.name))
+        if direction is Direction.SENDING:
+            self._send(pair, Ready())
+            self._want(pair)
         return pair
 
-    def handle(self, pair: Pair, frame: Request | Grant | SetUpFrame) -> None:
+    def _want(self, pair: Pair) -> None:
+        """Both workers have the link."""
+        if pair.meeting.is_leader:
+            self._take(self._turns.want(pair.name))
+
+    def handle(self, pair: Pair, frame: TurnFrame | SetUpFrame) -> None:
         """React to a frame of the peer.
 
         Raises:
             RemoteProtocolError: it is not allowed here.
         """
-        if isinstance(frame, Request):
+        if isinstance(frame, Ready):
+            if pair.direction is Direction.SENDING:
+                raise RemoteProtocolError("Ready from a consumer")
+            self._want(pair)
+        elif isinstance(frame, Request):
             if pair.meeting.is_leader:
                 raise RemoteProtocolError("Request from the follower")
             self._take(self._turns.take_request(pair.name))
@@ -152,8 +201,10 @@ class Pairs:
             pair = self._pairs[action.pair]
             match action.step:
                 case Step.REQUEST:
+                    pair.turn_since = time.monotonic()
                     self._send(pair, Request())
                 case Step.GRANT:
+                    pair.turn_since = time.monotonic()
                     self._send(pair, Grant())
                 case Step.CONNECT:
                     self._connect(pair)

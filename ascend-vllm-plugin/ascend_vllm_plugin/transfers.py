@@ -25,10 +25,14 @@ class Buffers:
 
     Args:
         buffers: all there are.
+
+    Attributes:
+        num_left: how many are free or will be.
     """
 
     def __init__(self, buffers: Sequence[torch.Tensor]) -> None:
         self._free = deque(buffers)
+        self.num_left = len(self._free)
 
     def take(self) -> torch.Tensor | None:
         """Return one, or None if there is none now."""
@@ -37,6 +41,10 @@ class Buffers:
     def give(self, buffer: torch.Tensor) -> None:
         """Take one back, of which the device has done with."""
         self._free.append(buffer)
+
+    def write_off(self) -> None:
+        """Take note that one will not come back."""
+        self.num_left -= 1
 
 
 @dataclass(slots=True, eq=False)

@@ -1,11 +1,8 @@
 """KV blocks from NPU to NPU over HCCL.
 
 Two TCP links per pair of workers at most, one for each direction, carry the frames of
-``wire``; the blocks go over a communicator of the two. The consumer says Want when it
-has a buffer; the producer gathers and sends through a buffer of its own and says Go;
-then the consumer receives and scatters. A buffer of the receiving side is waited for
-before one of the sending side, and a sending one is held only while both sides work:
-so buffers are never waited for in a circle.
+``wire``; the blocks go over a communicator of the two. This module knows links and
+pairs; what happens to a transfer is in ``traffic``.
 
 Everything that touches the device is a job for the engine's thread, see ``engine``.
 """
@@ -25,27 +22,22 @@ import msgspec
 
 from ascend_vllm_plugin.backend import Backend, EngineDevice, HcclError
 from ascend_vllm_plugin.device import container_id
-from ascend_vllm_plugin.engine import Engine, Job
+from ascend_vllm_plugin.engine import OVERDUE_S, Engine
 from ascend_vllm_plugin.jobs import Tools
 from ascend_vllm_plugin.moves import Mover
 from ascend_vllm_plugin.opening import open_backend, open_npu
 from ascend_vllm_plugin.pairs import Local, Pair, Pairs
 from ascend_vllm_plugin.settings import Settings, settings_from
-from ascend_vllm_plugin.transfers import Buffers, Transfer, view_of
+from ascend_vllm_plugin.traffic import Outside, Traffic
+from ascend_vllm_plugin.transfers import Buffers
 from ascend_vllm_plugin.verdicts import Verdicts
 from ascend_vllm_plugin.wire import (
     Abandoned,
     Address,
     AnyFrame,
-    Begin,
-    Coming,
+    Declined,
     Go,
-    Grant,
-    Present,
     Received,
-    Request,
-    Retract,
-    Retracted,
     Vouch,
     Want,
     decode,
@@ -53,17 +45,9 @@ from ascend_vllm_plugin.wire import (
     parse_address,
     why_not,
 )
-from vllm_pd.errors import (
-    DigestMismatchError,
-    PeerLostError,
-    RemoteProtocolError,
-    TransferError,
-    TransportUnavailableError,
-)
+from vllm_pd.errors import PeerLostError, RemoteProtocolError, TransportUnavailableError
 from vllm_pd.transport import inet
 from vllm_pd.transport.base import KVRegion, TransferOutcome, TransportOptions
-from vllm_pd.transport.chunks import plan_chunks
-from vllm_pd.transport.digests import digest_of
 from vllm_pd.transport.host import HostTransport
 from vllm_pd.transport.ledger import Posted
 from vllm_pd.transport.links import Direction, Endpoint, LinkEvent, LinkPool
@@ -77,7 +61,9 @@ CHUNK_LEN = 16 * 1024 * 1024
 NUM_BUFFERS = 4
 """Transfers that can move at the same time, for each direction."""
 
-MAX_WANTED = 4096
+MAX_PAIRS = 16
+"""Communicators of a worker at the same time: each takes twice its buffer of device memory."""
+
 _WARM_LEN = 512
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
@@ -101,7 +87,7 @@ class HcclTransport(HostTransport):
         options: TransportOptions,
         *,
         open_device: Callable[[Sequence[KVRegion]], EngineDevice] = open_npu,
-        make_backend: Callable[[Settings, str], Backend] = open_backend,
+        make_backend: Callable[[Settings, str, str], Backend] = open_backend,
     ) -> None:
         if options.certificate is not None:
             raise TransportUnavailableError(
@@ -122,8 +108,6 @@ class HcclTransport(HostTransport):
         self._engine: Engine | None = None
         self._peers: dict[str, Address] = {}
         self._pairs_by_key: dict[_Key, Pair] = {}
-        self._transfers: dict[_Key, deque[Transfer]] = {}
-        self._wants: dict[str, dict[int, Want]] = {}
         self._outbox: deque[tuple[Pair, AnyFrame]] = deque()
         self._verdicts = Verdicts()
         self._refusal = ""
@@ -135,7 +119,7 @@ class HcclTransport(HostTransport):
         self._regions = tuple(regions)
         try:
             device = self._open_device(self._regions)
-            backend = self._make_backend(self._settings, self._options.host)
+            backend = self._make_backend(self._settings, self._options.host, device.soc)
             self._mover = Mover(self._regions, device, self._settings, self._options, CHUNK_LEN)
             buffers = [
                 device.allocate_device(self._mover.buffer_len) for _ in range(2 * NUM_BUFFERS)
@@ -144,16 +128,23 @@ class HcclTransport(HostTransport):
             after = device.mark()
         except (HcclError, RuntimeError) as exc:
             raise TransportUnavailableError(f"hccl: {_first_line(exc)}") from exc
-        self._buffers = {
-            Direction.SENDING: Buffers(buffers[:NUM_BUFFERS]),
-            Direction.RECEIVING: Buffers(buffers[NUM_BUFFERS:]),
-        }
-        self._engine = Engine(device, self._wake.set)
+        limit_s = self._settings.exec_timeout_s
+        engine = Engine(device, self._wake.set, limit_s=limit_s + OVERDUE_S)
         self._mode = backend.name
+        self._traffic = Traffic(
+            self._mover,
+            engine,
+            {
+                Direction.SENDING: Buffers(buffers[:NUM_BUFFERS]),
+                Direction.RECEIVING: Buffers(buffers[NUM_BUFFERS:]),
+            },
+            self._ledger,
+            Outside(self._send_frame, self._post_frame, self._lose_pair, self._leave_pair),
+        )
         self._pairs = Pairs(
-            Local(self._worker, self._engine, Tools(backend, device, after, warm)),
+            Local(self._worker, engine, Tools(backend, device, after, warm), limit_s),
             send=self._post_frame,
-            on_up=self._use_pair,
+            on_up=self._traffic.advance,
             on_failed=self._give_pair_up,
         )
         self._address = Address(
@@ -168,6 +159,7 @@ class HcclTransport(HostTransport):
             settings=backend.settings,
             chunk_len=CHUNK_LEN,
         )
+        self._engine = engine  # last: from here on pump works
 
     @property
     def mode(self) -> tuple[str, str]:  # noqa: D102
@@ -180,7 +172,7 @@ class HcclTransport(HostTransport):
     def can_reach(self, endpoint: bytes) -> bool:  # noqa: D102
         assert self._address is not None
         theirs = parse_address(self._links.parse_endpoint(endpoint).address)
-        reason = why_not(self._address, theirs)
+        reason = why_not(self._address, theirs) or self._why_no_more()
         if not reason and self._verdicts.forbids(theirs):
             return False  # said when it happened
         if reason:
@@ -204,9 +196,12 @@ class HcclTransport(HostTransport):
         self._advance_all()
         return outcomes + self._ledger.drain()
 
-    def pump(self) -> None:  # noqa: D102
-        if self._engine is not None:
-            self._engine.pump()
+    def pump(self) -> bool:  # noqa: D102
+        if self._engine is None:
+            return False
+        if time.monotonic() >= self._pairs.deadline:
+            self._wake.set()
+        return self._engine.pump()
 
     def close(self) -> None:  # noqa: D102
         super().close()
@@ -229,6 +224,10 @@ class HcclTransport(HostTransport):
                 self._links.send(pair.peer_id, pair.direction, encode(frame))
         if self._engine is not None:
             self._engine.take_done()
+            self._pairs.expire(time.monotonic())
+
+    def _send_frame(self, pair: Pair, frame: AnyFrame) -> None:
+        self._links.send(pair.peer_id, pair.direction, encode(frame))
 
     def _post_frame(self, pair: Pair, frame: AnyFrame) -> None:
         """Send a frame soon; any thread may call this."""
@@ -238,19 +237,25 @@ class HcclTransport(HostTransport):
     # Links and pairs
 
     def _handle_link_up(self, peer_id: str) -> None:
-        self._pair(peer_id, Direction.SENDING)
+        if reason := self._why_no_more():
+            declined = encode(Declined(reason=reason))
+            self._links.send(peer_id, Direction.SENDING, declined)
+        else:
+            self._begin_pair(peer_id, Direction.SENDING)
 
-    def _pair(self, peer_id: str, direction: Direction) -> Pair:
-        """Return the pair of a link; begin to set it up if it is new."""
-        key = peer_id, direction
-        if key not in self._pairs_by_key:
-            self._transfers[key] = deque()
-            address = self._peers[peer_id]
-            self._pairs_by_key[key] = self._pairs.begin(peer_id, direction, address)
-        return self._pairs_by_key[key]
+    def _begin_pair(self, peer_id: str, direction: Direction) -> Pair:
+        pair = self._pairs.begin(peer_id, direction, self._peers[peer_id])
+        self._pairs_by_key[peer_id, direction] = pair
+        self._traffic.open(pair)
+        return pair
 
-    def _use_pair(self, pair: Pair) -> None:
-        self._advance(pair)
+    def _why_no_more(self) -> str:
+        """Say why this worker cannot have another pair; ``""`` if it can."""
+        if self._traffic.is_exhausted:
+            return "operations that never ended hold all buffers of a worker: restart that instance"
+        if len(self._pairs_by_key) >= MAX_PAIRS:
+            return f"a worker has {MAX_PAIRS} communicators already, which is all it may have"
+        return ""
 
     def _give_pair_up(self, pair: Pair, reason: str, has_begun: bool) -> None:  # noqa: FBT001
         """Take note that HCCL cannot link two workers; what follows goes another way."""
@@ -262,14 +267,22 @@ class HcclTransport(HostTransport):
                 self._give_place_up(pair, reason)
             self._refuse(pair.worker, reason)
         if not pair.is_over:
-            self._lose(pair.peer_id, pair.direction, reason)
+            self._lose_pair(pair, reason)
+
+    def _lose_pair(self, pair: Pair, reason: str) -> None:
+        self._lose(pair.peer_id, pair.direction, reason)
+
+    def _leave_pair(self, pair: Pair, reason: str) -> None:
+        """Take note that an operation with a peer never ended."""
+        self._verdicts.add(pair.address)
+        self._refuse(pair.worker, reason)
 
     def _give_place_up(self, failed: Pair, reason: str) -> None:
         """Let no other worker of a host be tried that waits for its turn."""
         for pair in list(self._pairs_by_key.values()):
             is_there = pair.address.place == failed.address.place
             if is_there and pair is not failed and pair.channel is None:
-                self._lose(pair.peer_id, pair.direction, reason)
+                self._lose_pair(pair, reason)
 
     def _refuse(self, worker: str, reason: str) -> None:
         self._refusal = reason
@@ -279,256 +292,50 @@ class HcclTransport(HostTransport):
 
     def _forget(self, peer_id: str, direction: Direction) -> None:
         pair = self._pairs_by_key.pop((peer_id, direction), None)
-        if direction is Direction.SENDING:
-            self._wants.pop(peer_id, None)
         if pair is None:
             return
         if pair.job is not None and pair.meeting.is_settled:
             self._verdicts.add(pair.address)
-        for transfer in self._transfers.pop((peer_id, direction)):
-            self._drop(transfer)
+        self._traffic.close(pair)
         self._pairs.end(pair)
 
-    def _drop(self, transfer: Transfer) -> None:
-        """Stop a transfer that has failed; what the device does for it ends first."""
-        assert self._engine is not None
-        job = transfer.job
-        if job is None:
-            self._give_back(transfer)
-        elif self._engine.withdraw(job):
-            transfer.posted.is_busy = False
-            if not job.must_run:
-                transfer.job = None
-                self._give_back(transfer)
-
-    # Transfers
+    # Transfers and frames
 
     def _start_sending(self, posted: Posted) -> None:
-        self._enqueue(posted)
+        pair = self._pairs_by_key.get((posted.peer_id, Direction.SENDING))
+        if pair is not None:  # else the peer was declined, and goes
+            self._traffic.post(posted, pair)
 
     def _start_receiving(self, posted: Posted) -> None:
-        self._enqueue(posted)
+        key = posted.peer_id, Direction.RECEIVING
+        if key not in self._pairs_by_key:
+            if reason := self._why_no_more():
+                self._decline(posted.peer_id, reason)
+                raise RemoteProtocolError(reason)
+            self._begin_pair(*key)
+        self._traffic.post(posted, self._pairs_by_key[key])
 
-    def _enqueue(self, posted: Posted) -> None:
-        pair = self._pair(posted.peer_id, posted.direction)
-        num_blocks = len(posted.block_ids)
-        chunks = plan_chunks(self._regions, posted.heads, num_blocks, max_len=CHUNK_LEN)
-        self._transfers[posted.peer_id, posted.direction].append(Transfer(posted, pair, chunks))
-        self._advance(pair)
-
-    def _advance(self, pair: Pair) -> None:
-        """Begin what can begin: there is a communicator, and there is a buffer."""
-        if pair.channel is None or pair.is_over:
-            return
-        for transfer in list(self._transfers[pair.peer_id, pair.direction]):
-            if transfer.posted.error is not None:  # an earlier one has lost the peer
-                return
-            if pair.direction is Direction.RECEIVING:
-                self._ask(transfer)
-            else:
-                self._answer(transfer)
-
-    def _ask(self, transfer: Transfer) -> None:
-        """Consumer: say that the transfer can come."""
-        if transfer.is_asked or not self._take_buffer(transfer):
-            return
-        posted = transfer.posted
-        transfer.is_asked = True
-        want = Want(
-            transfer_id=posted.transfer_id,
-            num_blocks=len(posted.block_ids),
-            num_bytes=posted.num_bytes,
-        )
-        self._send_frame(transfer.pair, want)
-
-    def _answer(self, transfer: Transfer) -> None:
-        """Producer: send what the consumer wants."""
-        posted, pair = transfer.posted, transfer.pair
-        wants = self._wants.get(posted.peer_id, {})
-        if transfer.buffer is not None or transfer.is_moved or posted.transfer_id not in wants:
-            return
-        want = wants[posted.transfer_id]
-        if (want.num_blocks, want.num_bytes) != (len(posted.block_ids), posted.num_bytes):
-            self._lose(
-                posted.peer_id,
-                posted.direction,
-                f"{want.num_blocks} blocks of {want.num_bytes} bytes in all wanted, "
-                f"{len(posted.block_ids)} of {posted.num_bytes} posted",
-            )
-            return
-        if not self._take_buffer(transfer):
-            return
-        del wants[posted.transfer_id]
-        go = self._mover.vouch(transfer)
-        job = self._mover.send_job(
-            transfer,
-            on_done=lambda error: self._end_job(transfer, error),
-            on_issued=lambda: self._post_frame(pair, go),
-        )
-        self._put(transfer, job)
-
-    def _receive(self, transfer: Transfer, go: Go) -> None:
-        """Consumer: the sending is issued, so receive it whatever happens here."""
-        if not transfer.is_asked or transfer.job is not None or transfer.is_moved:
-            raise RemoteProtocolError(f"Go of transfer {go.transfer_id}")
-        self._mover.take_go(transfer, go)
-        job = self._mover.recv_job(transfer, on_done=lambda error: self._end_job(transfer, error))
-        self._put(transfer, job)
-
-    def _put(self, transfer: Transfer, job: Job) -> None:
-        assert self._engine is not None
-        transfer.job, transfer.posted.is_busy = job, True
-        self._engine.put(job)
-
-    def _end_job(self, transfer: Transfer, error: str | None) -> None:
-        """Go on after the engine's thread has done something for a transfer."""
-        posted = transfer.posted
-        try:
-            self._go_on(transfer, error)
-        except Exception as exc:
-            # As in HostTransport.poll: a bug, or memory that is not to be had, costs one peer.
-            logger.exception("hccl: transfer %d of %s", posted.transfer_id, posted.peer_id)
-            self._lose(posted.peer_id, posted.direction, f"internal error: {exc!r}")
-            self._ledger.end(posted)
-
-    def _go_on(self, transfer: Transfer, error: str | None) -> None:
-        posted = transfer.posted
-        transfer.job, posted.is_busy = None, False
-        transfer.is_moved = True
-        if error is not None and posted.error is None:
-            self._lose(posted.peer_id, posted.direction, error)
-        if posted.error is not None:
-            self._give_back(transfer)
-            self._ledger.end(posted)
-            return
-        if transfer.host is not None:
-            self._hash(transfer)
-        job = self._mover.sample_job(transfer, on_done=lambda error: self._end_job(transfer, error))
-        if job is not None:
-            self._put(transfer, job)
-            return
-        self._give_back(transfer)
-        if posted.direction is Direction.RECEIVING:
-            self._finish_receiving(transfer)
-        elif transfer.is_received:
-            self._end(transfer, None)
-
-    def _hash(self, transfer: Transfer) -> None:
-        """Hash the portion that has come to the host; a producer vouches for it."""
-        posted = transfer.posted
-        started = time.monotonic()
-        host, transfer.host = transfer.host, None
-        assert host is not None
-        transfer.digests.append(digest_of([view_of(host)]))
-        posted.verify_s += time.monotonic() - started
-        if posted.direction is Direction.SENDING:
-            vouch = Vouch(
-                transfer_id=posted.transfer_id,
-                portion=len(transfer.digests) - 1,
-                digest=transfer.digests[-1],
-            )
-            self._send_frame(transfer.pair, vouch)
-
-    def _take_vouch(self, transfer: Transfer, vouch: Vouch) -> None:
-        """Consumer: keep a digest of the producer's."""
-        if vouch.portion != len(transfer.vouched) or vouch.portion >= len(transfer.portions):
-            raise RemoteProtocolError(f"digest of portion {vouch.portion}")
-        transfer.vouched[vouch.portion] = vouch.digest
-        self._finish_receiving(transfer)
-
-    def _finish_receiving(self, transfer: Transfer) -> None:
-        """Consumer: compare, once everything is here and vouched for."""
-        posted = transfer.posted
-        if not transfer.is_hashed or len(transfer.vouched) < len(transfer.portions):
-            return
-        error: TransferError | None = None
-        name = f"transfer {posted.transfer_id}"
-        if any(transfer.vouched[i] != digest for i, digest in enumerate(transfer.digests)):
-            error = DigestMismatchError(f"{name}: the bytes received are not those sent")
-        elif not transfer.is_covered:
-            error = DigestMismatchError(
-                f"{name}: the producer vouches for less than {posted.digests.value}"
-            )
-        if error is None:
-            self._send_frame(transfer.pair, Received(transfer_id=posted.transfer_id))
-        else:
-            abandoned = Abandoned(transfer_id=posted.transfer_id, reason=str(error))
-            self._send_frame(transfer.pair, abandoned)
-        self._end(transfer, error)
-
-    def _end(self, transfer: Transfer, error: TransferError | None) -> None:
-        self._ledger.end(transfer.posted, error)
-        queue = self._transfers.get((transfer.posted.peer_id, transfer.posted.direction))
-        if queue is not None and transfer in queue:
-            queue.remove(transfer)
-
-    # Buffers
-
-    def _take_buffer(self, transfer: Transfer) -> bool:
-        if transfer.buffer is None:
-            transfer.buffer = self._buffers[transfer.posted.direction].take()
-        return transfer.buffer is not None
-
-    def _give_back(self, transfer: Transfer) -> None:
-        """Give a transfer's buffer to whoever waits for one."""
-        if transfer.buffer is None:
-            return
-        direction = transfer.posted.direction
-        self._buffers[direction].give(transfer.buffer)
-        transfer.buffer = None
-        for (_, its_direction), pair in list(self._pairs_by_key.items()):
-            if its_direction is direction:
-                self._advance(pair)
-
-    # Frames
-
-    def _send_frame(self, pair: Pair, frame: AnyFrame) -> None:
-        self._links.send(pair.peer_id, pair.direction, encode(frame))
+    def _decline(self, peer_id: str, reason: str) -> None:
+        """Consumer: leave a worker to other transports, as one side has too many already."""
+        peer = self._peers[peer_id]
+        self._verdicts.add(peer)
+        self._refuse(peer.worker, reason)
 
     def _handle_frame(self, event: LinkEvent, payload: bytes) -> None:
         frame = decode(payload)
         pair = self._pairs_by_key.get((event.peer_id, event.direction))
         if pair is None:
             raise RemoteProtocolError(f"{type(frame).__name__} on a link that is not set up")
-        match frame, event.direction:
-            case (
-                Request() | Grant() | Present() | Retract() | Retracted() | Begin() | Coming(),
-                _,
-            ):
+        match frame:
+            case Declined() if event.direction is Direction.RECEIVING:
+                self._decline(event.peer_id, frame.reason)
+                self._lose_pair(pair, frame.reason)
+            case Declined():
+                raise RemoteProtocolError("Declined from a consumer")
+            case Want() | Go() | Vouch() | Received() | Abandoned():
+                self._traffic.handle(pair, frame)
+            case _:
                 self._pairs.handle(pair, frame)
-            case Want(), Direction.SENDING:
-                wants = self._wants.setdefault(event.peer_id, {})
-                if len(wants) >= MAX_WANTED:
-                    raise RemoteProtocolError(f"{MAX_WANTED} transfers wanted at once")
-                wants[frame.transfer_id] = frame
-                self._advance(pair)
-            case Go(), Direction.RECEIVING:
-                self._receive(self._transfer(event, frame.transfer_id), frame)
-            case Vouch(), Direction.RECEIVING:
-                self._take_vouch(self._transfer(event, frame.transfer_id), frame)
-            case ((Received() | Abandoned()), Direction.SENDING):
-                self._take_receipt(event, frame)
-            case other, _:
-                raise RemoteProtocolError(f"{type(other).__name__} on a {event.direction} link")
-
-    def _transfer(self, event: LinkEvent, transfer_id: int) -> Transfer:
-        for transfer in self._transfers[event.peer_id, event.direction]:
-            if transfer.posted.transfer_id == transfer_id:
-                return transfer
-        raise RemoteProtocolError(f"unknown transfer {transfer_id}")
-
-    def _take_receipt(self, event: LinkEvent, frame: Received | Abandoned) -> None:
-        """Producer: the consumer has got everything, or gives up."""
-        transfer = self._transfer(event, frame.transfer_id)
-        if transfer.job is None and not transfer.is_moved:
-            raise RemoteProtocolError(f"receipt of transfer {frame.transfer_id}")
-        if isinstance(frame, Abandoned):
-            self._drop(transfer)
-            self._end(transfer, TransferError(f"given up: {frame.reason}"))
-        elif transfer.job is None:
-            self._end(transfer, None)
-        else:
-            transfer.is_received = True
 
 
 def _connect(endpoint: Endpoint) -> socket.socket:

@@ -2,6 +2,9 @@
 
 One link per pair of workers and direction of transfers; the consumer connects. ::
 
+    producer                      consumer
+    Ready / Declined  ->                            you are linked, and I have room for you
+
     leader                        follower          (the worker with the lower id leads)
     Request       ->                                give me your turn, I have mine
                   <-  Grant                         it is yours
@@ -64,6 +67,16 @@ class Address(msgspec.Struct, frozen=True, kw_only=True):
 
 class _Frame(msgspec.Struct, frozen=True, kw_only=True, tag_field="type"):
     pass
+
+
+class Ready(_Frame, frozen=True, tag="ready"):
+    """Producer: first frame; it has taken the link, so who waits for it waits for a live one."""
+
+
+class Declined(_Frame, frozen=True, tag="declined"):
+    """Producer: first and only frame; the consumer closes the link."""
+
+    reason: str
 
 
 class Request(_Frame, frozen=True, tag="request"):
@@ -134,7 +147,9 @@ class Abandoned(_Frame, frozen=True, tag="abandoned"):
 
 
 SetUpFrame: TypeAlias = Present | Retract | Retracted | Begin | Coming
-AnyFrame: TypeAlias = SetUpFrame | Request | Grant | Want | Go | Vouch | Received | Abandoned
+TurnFrame: TypeAlias = Ready | Request | Grant
+TransferFrame: TypeAlias = Want | Go | Vouch | Received | Abandoned
+AnyFrame: TypeAlias = SetUpFrame | TurnFrame | TransferFrame | Declined
 
 _decoder: msgspec.msgpack.Decoder[AnyFrame] = msgspec.msgpack.Decoder(AnyFrame)
 _address_decoder: msgspec.json.Decoder[Address] = msgspec.json.Decoder(Address)

@@ -48,6 +48,12 @@ class EngineStandInStream:
         self._device.is_drained = False
         self._stream.wait(mark)
 
+    def abort(self) -> None:
+        self._device.num_aborted += 1
+        if not self._device.can_abort:
+            raise RuntimeError("this device cannot abort")
+        self._stream.abort()
+
     @property
     def handle(self) -> int:
         self._device.num_drained += 1
@@ -77,7 +83,8 @@ class StandInNpu(StandInDevice):
         super().__init__()
         self.soc = soc
         self.host_index = f"s{next(_numbers)}" if host_index is None else host_index
-        self.num_drained = 0
+        self.num_drained = self.num_aborted = 0
+        self.can_abort = True
         self.is_drained = False
         self.in_call = threading.Lock()
 
@@ -246,7 +253,7 @@ class Rig:
     ) -> HcclTransport:
         npu = device or StandInNpu()
 
-        def make_backend(settings: Settings, _: Any) -> Backend:
+        def make_backend(settings: Settings, *_: Any) -> Backend:
             self.backends.append(StandInBackend(settings, npu))
             return self.backends[-1]
 

@@ -9,6 +9,7 @@ from ascend_vllm_plugin.abi import (
     CommConfig,
     Result,
     describe,
+    expansion_mode_of,
     make_config,
 )
 
@@ -56,6 +57,21 @@ def test_library_without_the_capability_gets_the_32_bytes_that_all_know() -> Non
     config = make_config(buffer_mb=32, exec_timeout_s=30, capability=WITHOUT)
     assert (config.size, config.version, config.buffer_mb) == (32, 1, 32)
     assert config.exec_timeout_s == -1
+
+
+@pytest.mark.parametrize(
+    ("soc", "mode"), [("Ascend910B3", 1), ("Ascend910_9392", 2), ("Ascend950", 0)]
+)
+def test_send_and_receive_are_unfolded_as_the_chip_does_it_whatever_the_model_uses(
+    soc: str, mode: int
+) -> None:
+    config = make_config(
+        buffer_mb=32,
+        exec_timeout_s=30,
+        capability=WITH_EXEC_TIMEOUT,
+        expansion_mode=expansion_mode_of(soc),
+    )
+    assert config.expansion_mode == mode
 
 
 def test_error_is_named_in_one_line() -> None:

@@ -16,7 +16,7 @@ from vllm_pd.transport.base import KVRegion, TransportOptions
 
 
 def make() -> CtypesBackend:
-    return CtypesBackend(buffer_mb=32, exec_timeout_s=30)
+    return CtypesBackend(buffer_mb=32, exec_timeout_s=30, soc="Ascend910B3")
 
 
 def test_library_that_is_missing_is_one_line_with_what_to_do(

@@ -191,3 +191,92 @@ def test_backend_that_cannot_be_loaded_makes_the_transport_unavailable() -> None
         make_worker("p0", transport)
     transport.close()
     npu.close()
+
+
+def leave_an_operation(rig: Rig, producer: Worker, consumer: Worker) -> None:
+    """Begin a fetch that the consumer's device never ends."""
+    rig.device_of(consumer.transport).hold()
+    producer.transport.send_blocks(SESSION, 2, [0])
+    consumer.transport.recv_blocks(SESSION, 2, [1])
+    (outcome,) = outcomes_of(producer, consumer)[consumer.name]
+    assert isinstance(outcome.error, PeerLostError)
+
+
+def test_operation_that_the_device_never_ends_fails_and_writes_nothing_afterwards(
+    rig: Rig, make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    producer = make("p0")
+    monkeypatch.setattr("ascend_vllm_plugin.transport.OVERDUE_S", 0.0)
+    consumer = make("decode")
+    introduce(producer, consumer)
+    fetch(producer, consumer)
+    producer.fill(0, 0, value=99)
+    before = consumer.content()
+    leave_an_operation(rig, producer, consumer)
+    device = rig.device_of(consumer.transport)
+    device.resume()
+    device.close()  # whatever it still does is done then
+    assert device.num_aborted == 1
+    assert consumer.content() == before
+    assert not consumer.transport.can_reach(producer.transport.local_endpoint())
+    assert "the device did not end an operation" in consumer.transport.mode[1]
+
+
+def test_communicator_of_an_operation_that_never_ended_is_not_destroyed(
+    rig: Rig, make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    producer = make("p0")
+    monkeypatch.setattr("ascend_vllm_plugin.transport.OVERDUE_S", 0.0)
+    consumer = make("decode")
+    introduce(producer, consumer)
+    fetch(producer, consumer)
+    leave_an_operation(rig, producer, consumer)
+    rig.device_of(consumer.transport).resume()
+    for worker in (producer, consumer):
+        worker.transport.close()
+    made = {id(backend.device): backend for backend in rig.backends}
+    theirs = made[id(rig.device_of(consumer.transport))]
+    assert (theirs.num_made, theirs.num_destroyed) == (1, 0)
+
+
+def test_worker_whose_buffers_are_all_left_to_the_device_asks_for_a_restart(
+    rig: Rig, make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    producer, other = make("p0"), make("p1")
+    monkeypatch.setattr("ascend_vllm_plugin.transport.OVERDUE_S", 0.0)
+    monkeypatch.setattr("ascend_vllm_plugin.transport.NUM_BUFFERS", 1)
+    consumer = make("decode")
+    introduce(producer, consumer)
+    fetch(producer, consumer)
+    leave_an_operation(rig, producer, consumer)
+    rig.device_of(consumer.transport).resume()
+    assert not consumer.transport.can_reach(other.transport.local_endpoint())
+    assert "restart that instance" in consumer.transport.mode[1]
+
+
+def test_consumer_has_no_more_communicators_than_it_may(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ascend_vllm_plugin.transport.MAX_PAIRS", 1)
+    producer, other, consumer = make("p0"), make("p1"), make("decode")
+    introduce(producer, consumer)
+    fetch(producer, consumer)
+    assert not consumer.transport.can_reach(other.transport.local_endpoint())
+    assert "1 communicators already" in consumer.transport.mode[1]
+
+
+def test_producer_with_all_communicators_declines_a_consumer_that_then_goes_another_way(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ascend_vllm_plugin.transport.MAX_PAIRS", 1)
+    producer, consumer, late = make("p0"), make("decode"), make("late")
+    introduce(producer, consumer)
+    fetch(producer, consumer)
+    introduce(producer, late, "late")
+    producer.transport.send_blocks("late", 1, [0])
+    late.transport.recv_blocks("late", 1, [1])
+    seen = outcomes_of(producer, late)
+    assert all(isinstance(outcomes[0].error, PeerLostError) for outcomes in seen.values())
+    assert "1 communicators already" in str(seen[late.name][0].error)
+    assert not late.transport.can_reach(producer.transport.local_endpoint())
+    fetch(producer, consumer, transfer_id=2)
