@@ -6,6 +6,7 @@ a step before all have ended the last one. Whoever waits for a peer too long sto
 
 from __future__ import annotations
 
+import queue
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -15,6 +16,7 @@ import msgspec
 import torch
 import torch_npu  # noqa: F401 - makes torch know the NPU
 
+from tests.npu.groups import Group, make_groups
 from tests.unit.protocol.test_messages import FINGERPRINT
 from vllm_pd.config import ConnectorConfig, Digests
 from vllm_pd.connector.worker import PDConnectorWorker
@@ -26,10 +28,12 @@ from vllm_pd.session.producer import Grant
 
 NPU: Any = torch.get_device_module("npu")
 CONFIG = ConnectorConfig(lease_s=60.0, digests=Digests.ALWAYS, transport="hccl")
+AUTO = msgspec.structs.replace(CONFIG, transport="auto")
 TIMEOUT_S = 60.0
 LOCKSTEP_TIMEOUT_S = 30.0
 NUM_LAYERS, NUM_BLOCKS, BLOCK_SIZE = 2, 7, 128
 
+Reports = queue.SimpleQueue[tuple[set[str], set[str]]]
 Cache = dict[str, tuple[torch.Tensor, ...]]
 
 
@@ -71,6 +75,9 @@ class Model:
         }
 
 
+GQA = Model(8)
+
+
 class NpuEngine:
     """All workers of one engine, each on its own NPU."""
 
@@ -82,6 +89,7 @@ class NpuEngine:
         *,
         first: int = 0,
         config: ConnectorConfig = CONFIG,
+        with_group: bool = False,
     ) -> None:
         self.engine_id = engine_id
         self.model = model
@@ -110,24 +118,35 @@ class NpuEngine:
             self.workers.append(worker)
             self.caches.append(cache)
         self.endpoint.set_workers(addresses, self.workers[0].fingerprint)
+        groups = make_groups(devices) if with_group else [None] * len(devices)
+        self.num_exchanges = 0
+        self._groups = [group for group in groups if group is not None]
+        self._reports: list[Reports] = [queue.SimpleQueue() for _ in devices]
         self._lockstep = threading.Barrier(len(devices))
         self._is_over = threading.Event()
         self.is_held = threading.Event()  # as if a step took very long
         self.errors: list[BaseException] = []
         self._threads = [
-            threading.Thread(target=self._compute, args=(worker, device), daemon=True)
-            for worker, device in zip(self.workers, devices, strict=True)
+            threading.Thread(target=self._compute, args=rank, daemon=True)
+            for rank in zip(self.workers, devices, groups, self._reports, strict=True)
         ]
         for thread in self._threads:
             thread.start()
 
-    def _compute(self, worker: PDConnectorWorker, device: int) -> None:
+    def _compute(
+        self, worker: PDConnectorWorker, device: int, group: Group | None, reports: Reports
+    ) -> None:
         """Step after step; in each one there is an all-reduce."""
         try:
             NPU.set_device(device)
             while not self._is_over.is_set():
                 if not self.is_held.is_set():
                     worker.pump()
+                if group is not None:
+                    group.exchange()
+                    self.num_exchanges += 1
+                if not self.is_held.is_set() and any(report := worker.get_finished()):
+                    reports.put(report)
                 self._lockstep.wait(LOCKSTEP_TIMEOUT_S)
                 time.sleep(0.0005)
         except threading.BrokenBarrierError as exc:
@@ -138,15 +157,15 @@ class NpuEngine:
             self._lockstep.abort()
 
     def finished(self, rank: int) -> tuple[set[str], set[str]]:
-        """Ask one worker until it reports something."""
+        """Wait until one worker reports something."""
         deadline = time.monotonic() + TIMEOUT_S
-        while True:
+        while time.monotonic() < deadline:
             assert not self.errors, self.errors
-            sending, recving = self.workers[rank].get_finished()
-            if sending or recving:
-                return sending, recving
-            assert time.monotonic() < deadline
-            time.sleep(0.001)
+            try:
+                return self._reports[rank].get(timeout=0.1)
+            except queue.Empty:
+                continue
+        raise AssertionError(f"rank {rank} of {self.engine_id} reports nothing")
 
     def check_caches(self, content: list[list[torch.Tensor]]) -> None:
         """Compare every element that any rank holds."""
@@ -161,6 +180,8 @@ class NpuEngine:
         self._lockstep.abort()
         for thread in self._threads:
             thread.join(TIMEOUT_S)
+        for group in self._groups:
+            group.close()
         for worker in self.workers:
             worker.close()
         self.endpoint.close()

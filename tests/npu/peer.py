@@ -1,6 +1,6 @@
 """An engine with one worker in a process of its own, for tests that kill it.
 
-    python -m tests.npu.peer ENGINE_ID DEVICE
+    python -m tests.npu.peer ENGINE_ID DEVICE TRANSFER_TIMEOUT_S
 
 A line of standard input is a command; every answer is a line in JSON.
 """
@@ -19,10 +19,13 @@ REQUEST = "decode-t"
 class Peer:
     """The process, seen from the test; use as a context manager."""
 
-    def __init__(self, engine_id: str, device: int) -> None:
+    def __init__(self, engine_id: str, device: int, *, transfer_timeout_s: float = 30.0) -> None:
         self.engine_id = engine_id
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.npu.peer", engine_id, str(device)],
+            [
+                *(sys.executable, "-m", "tests.npu.peer"),
+                *(engine_id, str(device), str(transfer_timeout_s)),
+            ],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -59,13 +62,16 @@ class Peer:
         return json.loads(line[1:])
 
 
-def main(engine_id: str, device: str) -> None:
+def main(engine_id: str, device: str, transfer_timeout_s: str) -> None:
     """Run the engine until standard input ends."""
-    from tests.npu.engines import Model, NpuEngine
+    import msgspec
+
+    from tests.npu.engines import CONFIG, GQA, NpuEngine
     from vllm_pd.session.fetches import FetchRequest
     from vllm_pd.session.producer import Grant
 
-    engine = NpuEngine(engine_id, (int(device),), Model(8), first=5 * 10**6)
+    config = msgspec.structs.replace(CONFIG, transfer_timeout_s=float(transfer_timeout_s))
+    engine = NpuEngine(engine_id, (int(device),), GQA, first=5 * 10**6, config=config)
     worker = engine.workers[0]
     say(engine.endpoint.port)
     for line in sys.stdin:

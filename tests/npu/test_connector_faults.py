@@ -7,16 +7,20 @@ until its execution timeout; creating a communicator fails with an error code.
 from __future__ import annotations
 
 import ctypes
+import os
 import time
 from collections.abc import Callable, Iterator
 
 import msgspec
 import pytest
+import torch
 
 from tests.npu.engines import (
+    AUTO,
     CONFIG,
+    GQA,
+    TIMEOUT_S,
     Make,
-    Model,
     NpuEngine,
     fetch_everywhere,
     load,
@@ -26,25 +30,13 @@ from tests.npu.peer import REQUEST, Peer
 from vllm_pd.session.fetches import FetchRequest
 from vllm_pd.session.producer import Grant
 
-GQA = Model(8)
-AUTO = msgspec.structs.replace(CONFIG, transport="auto")
 TCP_CONNECT = 11  # HCCL_E_TCP_CONNECT
+
+BACKEND = os.environ.get("VLLM_PD_HCCL_BACKEND", "ctypes")
+"""With which these tests run; ``test_in_torch_npu`` has both."""
 
 Fail = Callable[[str], None]
 Set = Callable[[str, str], None]
-
-
-@pytest.fixture
-def make() -> Iterator[Make]:
-    engines: list[NpuEngine] = []
-
-    def make(*args: object, **kwargs: object) -> NpuEngine:
-        engines.append(NpuEngine(*args, **kwargs))  # type: ignore[arg-type]
-        return engines[-1]
-
-    yield make
-    for engine in engines:
-        engine.close()
 
 
 @pytest.fixture
@@ -73,6 +65,19 @@ def expect_recompute(engine: NpuEngine, request_id: str, blocks: set[int]) -> No
     assert engine.workers[0].take_invalid_block_ids() == blocks
 
 
+def num_issued() -> int:
+    """Return how many operations of HCCL this process has issued, those of warm-up included."""
+    return int(ctypes.CDLL("libhccl.so").fakeHcclNumIssued())
+
+
+def wait_issued(before: int) -> None:
+    """Wait until there is another one."""
+    deadline = time.monotonic() + TIMEOUT_S
+    while num_issued() == before:
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
 def fetch_once(producer: NpuEngine, consumer: NpuEngine, transfer_id: str) -> None:
     producer.workers[0].start([], [Grant(transfer_id, f"prefill-{transfer_id}", (2, 3))], [])
     consumer.workers[0].start([load(producer, transfer_id=transfer_id)], [], [])
@@ -89,7 +94,7 @@ def test_workers_that_hccl_cannot_link_use_tcp_from_the_next_request_on(
     fetch_everywhere(producer, consumer, "b")
     assert transports_used(consumer) == {"hccl", "tcp"}
     info = [engine.workers[0].transport_info()["hccl"] for engine in (producer, consumer)]
-    assert all(mode == "ctypes" and reason for mode, reason in info)
+    assert all(mode == BACKEND and reason for mode, reason in info)
     # One side may see only that the other one has given up.
     assert any("TCP_CONNECT" in reason and "HCCL_IF_IP" in reason for _, reason in info)
     assert caplog.text.count("hccl is not used with worker") == 2  # once on each side
@@ -150,17 +155,44 @@ def test_producer_that_dies_while_it_sends_costs_a_recompute_within_the_timeout(
         assert consumer.workers[0].take_invalid_block_ids() == set()
         peer.ask("set", "FAKE_CANN_TASK_US", "60000000")  # its gathering never ends
         peer.ask("grant", "b", [3, 4])
+        before = num_issued()
         consumer.workers[0].start([request_of(peer, "b")], [], [])
-        time.sleep(1.0)  # the receiving is issued, see below
+        wait_issued(before)
         started = time.monotonic()
         peer.kill()
         expect_recompute(consumer, "decode-b", {5, 6})
-        waited_s = time.monotonic() - started
-    # Had it not been issued, losing the link would have ended the request at once.
-    assert 1.0 < waited_s < CONFIG.transfer_timeout_s
+        assert time.monotonic() - started < CONFIG.transfer_timeout_s
     fetch_once(make("q", (0,), GQA), consumer, "c")
     assert consumer.finished(0) == (set(), {"decode-c"})
     assert consumer.workers[0].take_invalid_block_ids() == set()  # digests are compared
+
+
+def test_operation_that_hccl_never_ends_costs_a_recompute_and_the_worker_serves_on(
+    make: Make, fake_set: Set, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As on a CANN that knows no execution timeout, or on a device that hangs."""
+    monkeypatch.setattr("ascend_vllm_plugin.transport.OVERDUE_S", 0.5)
+    config = msgspec.structs.replace(CONFIG, transfer_timeout_s=1.0)
+    consumer = make("d", (1,), GQA, first=10**6, config=config)
+    with Peer("p", 2, transfer_timeout_s=1.0) as peer:
+        peer.ask("grant", "a", [1, 2])
+        consumer.workers[0].start([request_of(peer, "a")], [], [])
+        assert consumer.finished(0) == (set(), {"decode-a"})
+        peer.ask("set", "FAKE_CANN_TASK_US", "600000000")
+        fake_set("FAKE_CANN_TIME_SCALE", "1000")  # so that HCCL itself ends nothing
+        peer.ask("grant", "b", [3, 4])
+        consumer.workers[0].start([request_of(peer, "b")], [], [])
+        expect_recompute(consumer, "decode-b", {5, 6})
+        assert "its stream is aborted" in caplog.text
+        before = {name: [part.cpu() for part in kv] for name, kv in consumer.caches[0].items()}
+        peer.kill()
+    fake_set("FAKE_CANN_TIME_SCALE", "0.2")
+    fetch_once(make("q", (0,), GQA, config=config), consumer, "c")
+    assert consumer.finished(0) == (set(), {"decode-c"})
+    assert consumer.workers[0].take_invalid_block_ids() == set()  # digests are compared
+    for name, layer in consumer.caches[0].items():
+        for found, right in zip(layer, before[name], strict=True):
+            assert torch.equal(found.cpu()[:5], right[:5])  # 5 and 6 are those of the last fetch
 
 
 def test_consumer_that_dies_holds_the_blocks_no_longer_than_hccl_holds_the_sender(
@@ -174,9 +206,10 @@ def test_consumer_that_dies_holds_the_blocks_no_longer_than_hccl_holds_the_sende
         assert peer.ask("finished") == [[], [REQUEST], []]
         assert producer.finished(0) == ({"prefill-a"}, set())
         peer.ask("hold")
+        before = num_issued()
         worker.start([], [Grant("b", "prefill-b", (3, 4))], [])
         peer.ask("fetch", "p", producer.endpoint.port, "b", [3, 4])
-        time.sleep(1.0)  # the sender's half is issued; it would be no error if it were not
+        wait_issued(before)
         peer.kill()
     worker.start([], [], ["b"])
     assert producer.finished(0) == ({"prefill-b"}, set())

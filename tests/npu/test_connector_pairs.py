@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
 
 import msgspec
 import pytest
 import torch
 
 from tests.npu.engines import (
+    AUTO,
     CONFIG,
+    GQA,
     Make,
     Model,
-    NpuEngine,
     fetch_everywhere,
     load,
     replace_blocks,
@@ -21,22 +21,7 @@ from tests.npu.engines import (
 )
 from vllm_pd.session.producer import Grant
 
-GQA = Model(8)
 MLA = Model(1, (16, 8))  # latent and positional part: blocks of different lengths
-AUTO = msgspec.structs.replace(CONFIG, transport="auto")
-
-
-@pytest.fixture
-def make() -> Iterator[Make]:
-    engines: list[NpuEngine] = []
-
-    def make(*args: object, **kwargs: object) -> NpuEngine:
-        engines.append(NpuEngine(*args, **kwargs))  # type: ignore[arg-type]
-        return engines[-1]
-
-    yield make
-    for engine in engines:
-        engine.close()
 
 
 @pytest.mark.parametrize(
@@ -142,6 +127,22 @@ def test_transfers_of_several_requests_at_once_arrive(make: Make) -> None:
         reported |= consumer.finished(0)[1]
     blocks = range(num)
     consumer.check_caches(replace_blocks(consumer, [6 - i for i in blocks], producer, blocks))
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_transfers_are_issued_one_by_one_with_the_operations_of_the_model(
+    make: Make, num_ranks: int
+) -> None:
+    """The ranks of both engines exchange something in every step; the double aborts on overlaps.
+
+    HCCL 9.1 ``api_comm_impl.md``. Those operations are issued by torch_npu's own thread.
+    """
+    producer = make("p", (0, 1), GQA, with_group=True)
+    consumer = make("d", (2, 3) if num_ranks == 2 else (2,), GQA, first=10**6, with_group=True)
+    for number in range(10):
+        fetch_everywhere(producer, consumer, f"t{number}")
+    assert transports_used(consumer) == {"hccl"}
+    assert producer.num_exchanges > 0
 
 
 def test_graph_is_captured_undisturbed_while_nothing_is_fetched(make: Make) -> None:

@@ -1,4 +1,4 @@
-"""The tests of this folder in the environment with torch-npu, on the double of CANN.
+"""All tests that need torch-npu, in the environment that has it, on the double of CANN.
 
 ``tests/run.sh`` makes the environment beside the main one.
 """
@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.fake_cann.build import build, environment
-from tests.fake_cann.python import find_npu_python
+from tests.fake_cann.python import find_npu_python, run_tests
 
 pytestmark = [
     pytest.mark.slow,
@@ -54,23 +54,31 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("path", sorted(HERE.glob("test_[!i]*.py")), ids=lambda path: path.stem)
 def test_passes_on_the_double(npu_python: str, cann: Path, site: Path, path: Path) -> None:
-    quiet = ["-q", "--show-capture=no", "-p", "no:cacheprovider"]
-    done = subprocess.run(
-        [npu_python, "-m", "pytest", *quiet, str(path)],
-        cwd=ROOT,
-        env=environment(
-            cann,
-            TASK_QUEUE_ENABLE="1",  # as in the image
-            HCCL_CONNECT_TIMEOUT="0",
-            FAKE_CANN_TIME_SCALE=TIME_SCALE,
-            PYTHONPATH=f"{ROOT}:{site}",
-        ),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=450,
-        check=False,
+    run_tests(npu_python, path, env=environ(cann, site), timeout_s=450)
+
+
+def test_faults_pass_with_process_groups_too(npu_python: str, cann: Path, site: Path) -> None:
+    env = environ(
+        cann,
+        site,
+        VLLM_PD_HCCL_BACKEND="process_group",
+        HCCL_EXEC_TIMEOUT="30",  # the transport insists on it
+        HCCL_ASYNC_ERROR_HANDLING="0",  # or the watchdog ends the process
     )
-    if done.returncode:
-        pytest.fail(f"exit status {done.returncode}:\n{done.stdout[-20_000:]}", pytrace=False)
-    assert "passed" in done.stdout
+    run_tests(npu_python, HERE / "test_connector_faults.py", env=env, timeout_s=450)
+
+
+def test_double_does_what_torch_npu_needs(npu_python: str, cann: Path) -> None:
+    tests = HERE.parent / "fake_cann" / "in_torch_npu"
+    run_tests(npu_python, tests, env=environment(cann, TASK_QUEUE_ENABLE="1"), timeout_s=450)
+
+
+def environ(cann: Path, site: Path, **more: str) -> dict[str, str]:
+    return environment(
+        cann,
+        TASK_QUEUE_ENABLE="1",  # as in the image
+        HCCL_CONNECT_TIMEOUT="0",
+        FAKE_CANN_TIME_SCALE=TIME_SCALE,
+        PYTHONPATH=f"{ROOT}:{site}",
+        **more,
+    )

@@ -1,6 +1,6 @@
 """Tests in the real torch_npu, on the double of CANN.
 
-They run in an environment of their own, from ``tests/fake_cann/test_torch_npu.py``; without
+They run in an environment of their own, from ``tests/npu/test_in_torch_npu.py``; without
 torch_npu there is nothing to collect here.
 """
 

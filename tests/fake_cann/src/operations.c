@@ -91,6 +91,14 @@ static HcclResult set_up_links(struct operation *op)
     return result;
 }
 
+static uint64_t num_issued;
+
+/* For tests: how many operations this process has issued. */
+EXPORT uint64_t fakeHcclNumIssued(void)
+{
+    return __atomic_load_n(&num_issued, __ATOMIC_ACQUIRE);
+}
+
 static HcclResult issue(struct operation *op, void *stream)
 {
     struct comm *comm = op->comm;
@@ -102,7 +110,10 @@ static HcclResult issue(struct operation *op, void *stream)
     pthread_mutex_lock(&comm->lock);
     op->number = comm->num_issued++;
     pthread_mutex_unlock(&comm->lock);
-    return fake_enqueue(stream, run_operation, op, end_operation) ? HCCL_E_RUNTIME : HCCL_SUCCESS;
+    if (fake_enqueue(stream, run_operation, op, end_operation))
+        return HCCL_E_RUNTIME;
+    __atomic_add_fetch(&num_issued, 1, __ATOMIC_ACQ_REL);
+    return HCCL_SUCCESS;
 }
 
 static HcclResult check_item(const struct comm *comm, const struct item *item, int data_type,

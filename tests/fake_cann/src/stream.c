@@ -296,6 +296,31 @@ EXPORT aclError aclrtSynchronizeDevice(void)
     return aclrtSynchronizeDeviceWithTimeout(-1);
 }
 
+/* "Abort unexecuted tasks and pause executing tasks": what runs here ends, and nothing follows. */
+EXPORT aclError aclrtStreamAbort(void *stream)
+{
+    struct stream *s = stream_of(stream);
+    if (!s)
+        return RT_CONTEXT_NULL;
+    int forced = fake_failure("aclrtStreamAbort");
+    if (forced)
+        return fake_error(forced, "aclrtStreamAbort: failure asked for by FAKE_CANN_FAIL");
+    pthread_mutex_lock(&s->lock);
+    struct fake_task *task = s->first;
+    s->first = NULL;
+    s->last = &s->first;
+    for (struct fake_task *t = task; t; t = t->next)
+        s->num_pending--;
+    pthread_cond_broadcast(&s->changed);
+    pthread_mutex_unlock(&s->lock);
+    while (task) {
+        struct fake_task *next = task->next;
+        fake_drop_task(task);
+        task = next;
+    }
+    return ACL_SUCCESS;
+}
+
 /* aclrtStreamStatus: 0 complete, 1 not ready. */
 EXPORT aclError aclrtStreamQuery(void *stream, int *status)
 {
