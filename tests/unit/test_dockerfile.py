@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import fnmatch
 import importlib.util
 import json
 import re
 import shlex
 import shutil
+import subprocess
 import tomllib
 from importlib.machinery import PathFinder
 from pathlib import Path, PurePosixPath
@@ -74,10 +74,59 @@ def test_what_is_copied_exists(source: str) -> None:
     assert source.endswith("/") == (ROOT / source).is_dir()
 
 
+def ignored(path: str) -> list[str]:
+    """Return the patterns of .dockerignore that leave a path, or a folder it is in, out.
+
+    As in Docker's reference: patterns are of the top folder, ``*`` stays within a folder,
+    and ``**`` is any number of folders.
+    """
+    lines = (ROOT / ".dockerignore").read_text().splitlines()
+    patterns = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
+    parents = [PurePosixPath(path), *PurePosixPath(path).parents]
+    return [p for p in patterns if any(re.fullmatch(to_regex(p), str(own)) for own in parents)]
+
+
+def to_regex(pattern: str) -> str:
+    parts = re.split(r"(\*\*/|\*)", pattern)
+    words = {"**/": "(?:[^/]+/)*", "*": "[^/]*"}
+    return "".join(words.get(part) or re.escape(part) for part in parts)
+
+
+def files_of(source: str) -> list[str]:
+    """Return the files of the repository that a COPY takes, without what builds have left."""
+    listed = subprocess.run(
+        ["git", "ls-files", "--", source], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    return listed.stdout.splitlines()
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="no checkout, so nobody lists its files")
 @pytest.mark.parametrize("source", list(copied()))
 def test_what_is_copied_is_not_left_out_of_the_context(source: str) -> None:
-    ignored = (ROOT / ".dockerignore").read_text().split()
-    assert not [pattern for pattern in ignored if fnmatch.fnmatch(source.rstrip("/"), pattern)]
+    files = files_of(source)
+    assert files
+    assert {file: patterns for file in files if (patterns := ignored(file))} == {}
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        ".git/HEAD",
+        ".venv/bin/python",
+        "build/lib/vllm_pd/cli.py",
+        "ascend-vllm-plugin/build/lib/ascend_vllm_plugin/abi.py",
+        "ascend-vllm-plugin/ascend_vllm_plugin.egg-info/PKG-INFO",
+        "ascend-vllm-plugin/ascend_vllm_plugin/__pycache__/abi.pyc",
+        "vllm_pd/.mypy_cache/x",
+    ],
+)
+def test_what_builds_and_tests_leave_is_left_out(path: str) -> None:
+    assert ignored(path)
+
+
+@pytest.mark.parametrize("path", ["vllm_pd/builder.py", "pd_example/dist.sh", "README.md"])
+def test_files_of_similar_names_are_not_left_out(path: str) -> None:
+    assert not ignored(path)
 
 
 def test_files_that_the_build_of_a_distribution_needs_are_copied() -> None:
