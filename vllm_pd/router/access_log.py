@@ -4,11 +4,12 @@ The event loop only makes the line and keeps it in memory. A thread writes what 
 within a moment, so that neither a slow disk nor a stuck pipe holds a request up; what
 it cannot write is lost, and counted.
 
-A file is written with ``O_APPEND``, in whole lines, so that several processes can share
-one. On standard output, which may be a pipe, they lock each other out for the time of a
-batch, as a pipe takes no more than 4 KiB at once. Before each batch for a file the thread
-looks whether it still has the file of that name, and opens it anew if it was moved away:
-logrotate needs no signal.
+A line is written whole or not at all, also where several processes write and one of them
+gives up or is killed. A pipe, or what is like one, gets as many lines at once as it takes in
+one piece. Of a file the processes lock each other out for the time of a batch, so that who
+finds the disk full can take the beginning of a line back. Before each batch for a file that
+was named the thread looks whether it still has the file of that name, and opens it anew if
+it was moved away: logrotate needs no signal.
 """
 
 from __future__ import annotations
@@ -16,11 +17,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import datetime
+import errno
 import fcntl
 import json
 import logging
 import os
 import queue
+import select
+import stat
 import sys
 import threading
 import time
@@ -45,10 +49,18 @@ STDOUT = "-"
 MAX_PENDING = 16_384
 """Lines that may wait to be written; some hundred bytes each."""
 
+MAX_LINE_LEN = select.PIPE_BUF
+"""Bytes that a pipe takes in one piece, on Linux 4096."""
+
+CLOSE_TIMEOUT_S = 5.0
 _FLUSH_S = 0.1
-_CLOSE_TIMEOUT_S = 5.0
 _MAX_TEXT_LEN = 1024
-"""Of a path or an error, which the client may have chosen."""
+"""Characters of a path or an error, which the client may have chosen."""
+
+_MAX_TEXT_LEN_OF_LONG = 64
+"""Likewise if the line is too long else; in JSON each may take twelve bytes."""
+
+_FREE_TEXTS = ("path", "model", "error")
 
 _encode = msgspec.json.Encoder().encode
 _decode = msgspec.json.Decoder().decode
@@ -90,7 +102,7 @@ def access_line(request: web.Request, record: Record, response: web.StreamRespon
         "request_len": record.request_len,
         "response_len": record.response_len or _body_len(response),
     }
-    return _printable(line) + b"\n"
+    return _fitting(line) + b"\n"
 
 
 class AccessLog:
@@ -100,19 +112,27 @@ class AccessLog:
         target: path of the file, or ``-`` for standard output.
         lost: is called with the number of lines whenever some cannot be written; from
             any thread.
+        close_timeout_s: longest wait for what is left to be written.
 
     Raises:
         ConfigError: the file cannot be written.
     """
 
-    def __init__(self, target: str, *, lost: Callable[[int], object]) -> None:
+    def __init__(
+        self,
+        target: str,
+        *,
+        lost: Callable[[int], object],
+        close_timeout_s: float = CLOSE_TIMEOUT_S,
+    ) -> None:
         self._lost = lost
+        self._close_timeout_s = close_timeout_s
         self._lines: list[bytes] = []
         self._batches: queue.SimpleQueue[list[bytes] | None] = queue.SimpleQueue()
         self._num_taken = 0  # of lines, by the event loop
         self._num_done = 0  # of these, by the thread
         self._timer: asyncio.TimerHandle | None = None
-        self._sink = _Stdout() if target == STDOUT else _File(Path(target))
+        self._sink = _Lines(sys.stdout.fileno()) if target == STDOUT else _File(Path(target))
         self._target = target
         self._is_failing = False
         self._thread = threading.Thread(target=self._write_all, name="access-log", daemon=True)
@@ -127,7 +147,9 @@ class AccessLog:
             self._timer.cancel()
         self._hand_over()
         self._batches.put(None)
-        if not await finish(self._thread.join, timeout_s=_CLOSE_TIMEOUT_S, name="access-log-end"):
+        if not await finish(
+            self._thread.join, timeout_s=self._close_timeout_s, name="access-log-end"
+        ):
             logger.error("the last lines of the access log %s are lost: it is stuck", self._target)
 
     def add(self, line: bytes) -> None:
@@ -165,41 +187,83 @@ class AccessLog:
 
 
 class _Lines:
-    """Writes lines to one descriptor, each from the beginning of a line."""
+    """Writes lines to one descriptor, each whole or not at all."""
 
     def __init__(self, fd: int) -> None:
         self.fd = fd
-        self._is_cut = False  # the last line that was written
+        self._write = _write_file if stat.S_ISREG(os.fstat(fd).st_mode) else _write_pipe
 
     def write(self, lines: list[bytes]) -> tuple[int, OSError | None]:
         """Write lines that end with a line break; return how many are lost, and why."""
-        mend = b"\n" if self._is_cut else b""
-        data = memoryview(mend + b"".join(lines))
-        num_written = 0
-        failure = None
-        while num_written < len(data) and failure is None:
-            try:
-                num_written += os.write(self.fd, data[num_written:])
-            except OSError as exc:
-                failure = exc
-        written = bytes(data[:num_written])
-        if written:
-            self._is_cut = not written.endswith(b"\n")
-        return len(lines) - written.removeprefix(mend).count(b"\n"), failure
-
-
-class _Stdout:
-    """Standard output, which is not ours to close."""
-
-    def __init__(self) -> None:
-        self._lines = _Lines(sys.stdout.fileno())
-
-    def write(self, lines: list[bytes]) -> tuple[int, OSError | None]:
-        with _locked(self._lines.fd):
-            return self._lines.write(lines)
+        num_written, failure = self._write(self.fd, lines)
+        return len(lines) - num_written, failure
 
     def close(self) -> None:
-        pass
+        """Do nothing: standard output is not ours to close."""
+
+
+def _write_pipe(fd: int, lines: list[bytes]) -> tuple[int, OSError | None]:
+    """Write to what has no end that could be taken back; return how many lines, and what failed.
+
+    A write of so few bytes waits until there is room for all of them. Whoever dies while it
+    waits has written nothing, and what others write does not come in between.
+    """
+    num_written = 0
+    too_long: OSError | None = None
+    for piece in _pieces(lines):
+        if len(data := b"".join(piece)) > MAX_LINE_LEN:
+            too_long = OSError(errno.EMSGSIZE, f"one has more than {MAX_LINE_LEN} bytes")
+            continue
+        _, failure = _write_all(fd, data)
+        if failure is not None:
+            return num_written, failure
+        num_written += len(piece)
+    return num_written, too_long
+
+
+def _write_file(fd: int, lines: list[bytes]) -> tuple[int, OSError | None]:
+    """Append to a file; return how many lines, and what failed."""
+    data = b"".join(lines)
+    with _locked(fd):
+        written_len, failure = _write_all(fd, data)
+        if cut_len := written_len - (data.rfind(b"\n", 0, written_len) + 1):
+            with contextlib.suppress(OSError):
+                _take_back(fd, cut_len)
+    return data.count(b"\n", 0, written_len), failure
+
+
+def _take_back(fd: int, length: int) -> None:
+    """Remove the last bytes that were written, if nobody has written behind them."""
+    end = os.lseek(fd, 0, os.SEEK_CUR)
+    if end == os.fstat(fd).st_size:
+        os.ftruncate(fd, end - length)
+        os.lseek(fd, end - length, os.SEEK_SET)  # goes on there also if not opened to append
+
+
+def _write_all(fd: int, data: bytes) -> tuple[int, OSError | None]:
+    """Write; return how many bytes, and what failed."""
+    view = memoryview(data)
+    num_written = 0
+    while num_written < len(data):
+        try:
+            num_written += os.write(fd, view[num_written:])
+        except OSError as exc:
+            return num_written, exc
+    return num_written, None
+
+
+def _pieces(lines: list[bytes]) -> Iterator[list[bytes]]:
+    """Yield the lines in groups that a pipe takes at once; one that is too long is alone."""
+    piece: list[bytes] = []
+    length = 0
+    for line in lines:
+        if piece and length + len(line) > MAX_LINE_LEN:
+            yield piece
+            piece, length = [], 0
+        piece.append(line)
+        length += len(line)
+    if piece:
+        yield piece
 
 
 class _File:
@@ -240,10 +304,9 @@ class _File:
 
 @contextlib.contextmanager
 def _locked(fd: int) -> Iterator[None]:
-    """Keep other processes that do the same away from what a descriptor is open on.
+    """Keep other processes that do the same away from the file that a descriptor is of.
 
-    Linux locks pipes, sockets and terminals like files. A lock that cannot be had is done
-    without: lines that may mix are better than none.
+    A lock that cannot be had is done without: lines that may mix are better than none.
     """
     with contextlib.suppress(OSError):
         fcntl.lockf(fd, fcntl.LOCK_EX)
@@ -252,6 +315,15 @@ def _locked(fd: int) -> Iterator[None]:
     finally:
         with contextlib.suppress(OSError):
             fcntl.lockf(fd, fcntl.LOCK_UN)
+
+
+def _fitting(line: dict[str, Any]) -> bytes:
+    """Return a line without its end, cut so that a pipe takes it in one piece."""
+    encoded = _printable(line)
+    if len(encoded) < MAX_LINE_LEN:
+        return encoded
+    texts = {name: (text := line[name]) and text[:_MAX_TEXT_LEN_OF_LONG] for name in _FREE_TEXTS}
+    return _printable(line | texts)
 
 
 def _printable(line: dict[str, Any]) -> bytes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import json
 import os
 import re
@@ -29,7 +30,7 @@ from tests.unit.router.fakes import (
     hangs,
 )
 from vllm_pd.errors import ConfigError
-from vllm_pd.router.access_log import MAX_PENDING, AccessLog
+from vllm_pd.router.access_log import MAX_LINE_LEN, MAX_PENDING, AccessLog
 
 COMPLETIONS = "/v1/completions"
 BODY = {"model": "m", "prompt": "hi", "max_tokens": 8}
@@ -322,7 +323,7 @@ def file_limit() -> Iterator[Callable[[int], None]]:
     signal.signal(signal.SIGXFSZ, on_limit)
 
 
-async def test_a_line_that_is_cut_short_does_not_spoil_the_next_one(
+async def test_a_line_that_does_not_fit_on_the_disk_is_not_begun(
     log_file: Path, file_limit: Callable[[int], None]
 ) -> None:
     lost: asyncio.Queue[int] = asyncio.Queue()
@@ -339,7 +340,7 @@ async def test_a_line_that_is_cut_short_does_not_spoil_the_next_one(
         file_limit(resource.RLIM_INFINITY)
         for line in (b"5\n", b"6\n"):
             log.add(line)
-    assert text_of(log_file) == "1\n22\n3\n5\n6\n"
+    assert text_of(log_file) == "1\n22\n5\n6\n"
     assert lost.empty()
 
 
@@ -348,7 +349,8 @@ import asyncio, sys
 from vllm_pd.router.access_log import AccessLog
 
 async def write():
-    async with AccessLog("-", lost=print) as log:
+    log = AccessLog("-", lost=print, close_timeout_s={patience_s!r})
+    async with log:
         for _ in range(1000):
             log.add({line!r})
         print("ready", file=sys.stderr, flush=True)
@@ -357,25 +359,90 @@ asyncio.run(write())
 """
 
 
+async def start_writer(
+    line: bytes, stdout: int, *, patience_s: float = 60.0
+) -> asyncio.subprocess.Process:
+    """Start a process that writes a line a thousand times, as soon as it can."""
+    script = _WRITER.format(line=line + b"\n", patience_s=patience_s)
+    return await asyncio.create_subprocess_exec(
+        *(sys.executable, "-c", script), stdout=stdout, stderr=asyncio.subprocess.PIPE
+    )
+
+
+async def is_ready(writer: asyncio.subprocess.Process) -> bool:
+    assert writer.stderr is not None
+    return await writer.stderr.readline() == b"ready\n"
+
+
 async def test_lines_of_several_processes_do_not_mix_in_a_pipe() -> None:
     expected = [letter * 999 for letter in (b"a", b"b")]
     reading, writing = os.pipe()
-    writers = [
-        await asyncio.create_subprocess_exec(
-            *(sys.executable, "-c", _WRITER.format(line=line + b"\n")),
-            stdout=writing,
-            stderr=asyncio.subprocess.PIPE,
-        )
-        for line in expected
-    ]
+    writers = [await start_writer(line, writing) for line in expected]
     os.close(writing)
     for writer in writers:  # so that both have something to write when the first can
-        assert writer.stderr is not None
-        assert await writer.stderr.readline() == b"ready\n"
+        assert await is_ready(writer)
     with os.fdopen(reading, "rb") as pipe:
         lines = (await asyncio.to_thread(pipe.read)).splitlines()
     assert [await writer.wait() for writer in writers] == [0, 0]
     assert sorted(lines) == [line for line in expected for _ in range(1000)]
+
+
+async def test_lines_of_several_processes_do_not_mix_in_a_file(tmp_path: Path) -> None:
+    expected = [letter * 999 for letter in (b"a", b"b")]
+    path = tmp_path / "stdout"
+    with path.open("wb") as file:
+        writers = [await start_writer(line, file.fileno()) for line in expected]
+    assert [await is_ready(writer) for writer in writers] == [True, True]
+    assert [await writer.wait() for writer in writers] == [0, 0]
+    lines = path.read_bytes().splitlines()
+    assert sorted(lines) == [line for line in expected for _ in range(1000)]
+
+
+async def test_a_process_that_gives_up_on_a_full_pipe_leaves_no_half_line() -> None:
+    reading, writing = os.pipe()
+    capacity = fcntl.fcntl(writing, fcntl.F_GETPIPE_SZ)
+    filled = os.write(writing, b"-" * (capacity - 3000))  # there is room for nine lines and a half
+    writer = await start_writer(b"a" * 300, writing, patience_s=0.2)
+    assert await is_ready(writer)
+    assert await writer.wait() == 0
+    text = os.read(reading, capacity)[filled:]
+    after = await start_writer(b"b" * 300, writing)
+    os.close(writing)
+    with os.fdopen(reading, "rb") as pipe:
+        text += await asyncio.to_thread(pipe.read)
+    assert await after.wait() == 0
+    lines = text.splitlines()
+    assert set(lines) <= {b"a" * 300, b"b" * 300}
+    assert lines.count(b"b" * 300) == 1000
+
+
+async def test_a_line_that_no_pipe_takes_in_one_piece_is_lost_and_counted(tmp_path: Path) -> None:
+    fifo = tmp_path / "pipe"
+    os.mkfifo(fifo)
+    reader = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)
+    lost: list[int] = []
+    async with AccessLog(str(fifo), lost=lost.append) as log:
+        for line in (b"one\n", b"x" * MAX_LINE_LEN + b"\n", b"two\n"):
+            log.add(line)
+    assert os.read(reader, 2 * MAX_LINE_LEN) == b"one\ntwo\n"
+    assert lost == [1]
+    os.close(reader)
+
+
+async def test_a_line_fits_into_a_pipe_whatever_the_client_sends(
+    start_router: StartRouter, start_instance: StartInstance, log_file: Path
+) -> None:
+    dead = await start_instance(drops)
+    router = await start_router([dead], [dead], access_log=str(log_file))
+    name = "\U0001f600" * 600  # twelve bytes each, in an address and in the log
+    async with router.post(COMPLETIONS, json=BODY | {"model": name}):
+        pass
+    async with router.get("/" + name):
+        pass
+    await router.close()
+    served, unknown = text_of(log_file).splitlines(keepends=True)
+    assert max(len(served), len(unknown)) <= MAX_LINE_LEN
+    assert json.loads(unknown)["path"] == f"/{name[:63]}"
 
 
 async def test_prefill_counts_the_prompt_of_a_stream_without_usage(
