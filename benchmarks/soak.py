@@ -8,7 +8,8 @@ Clients ask for whole and streamed answers, leave at any time, read slowly, stop
 for good, and send bodies of up to 16 MiB. In the end nothing may be lost or left:
 
   - every request that had got no byte of its answer was answered all the same; a stream
-    that had broke off with an error event, and only when an instance was killed
+    that had broke off with an error event, and only if the very process that had sent
+    its beginning was killed
   - no answer is wrong: each names its request, and each prompt has a checksum
   - the router holds as many descriptors and tasks as before, and no open request
   - its memory was flat after a warm-up
@@ -181,7 +182,7 @@ async def _watch(
     async with asyncio.TaskGroup() as group:
         for number in range(NUM_CLIENTS):
             rng = random.Random(f"{options.seed} {number}")
-            client = Client(router.url, tally, rng, instances.was_killed_since)
+            client = Client(router.url, tally, rng, instances.kills)
             group.create_task(client.run(until))
         rng = random.Random(options.seed)
         group.create_task(
@@ -195,7 +196,7 @@ async def _watch(
                 _tell(console, samples[-1], tally, instances)
             await asyncio.sleep(SAMPLE_S)
     after = await _settle(router, before, wait_s=REST_TIMEOUT_S)
-    kills = Counter(role for _, role in instances.kills)
+    kills = Counter(instances.kills.values())
     return Soak(
         options.seconds, tally, dict(kills), samples, before, after, router.num_tracebacks()
     )

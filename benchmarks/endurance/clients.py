@@ -8,7 +8,7 @@ import socket
 import time
 import uuid
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, field
 
 import aiohttp
@@ -73,8 +73,39 @@ class Tally:
         return sum(counter[LOST] for counter in self.outcomes.values())
 
 
-class _LostError(Exception):
+class LostError(Exception):
     """A request was lost; the text says how."""
+
+
+def judge_stream(
+    answer: bytes, request_id: str, shape: Shape, *, sender: str | None, killed: Container[str]
+) -> str:
+    """Return what a stream is that has ended: right, or broken off with a good excuse.
+
+    The only one is that the process which had sent the beginning was killed. What has not
+    begun could be sent to another instance.
+
+    Args:
+        answer: all of it.
+        request_id: of the request.
+        shape: that it asked for.
+        sender: name of the process that has sent it, by its header.
+        killed: names of those that have been killed until now.
+
+    Raises:
+        LostError: it is wrong.
+    """
+    try:
+        num_events = traffic.check_stream(answer, request_id, shape)
+    except ValueError as exc:
+        raise LostError(str(exc)) from exc
+    if num_events is None:
+        return RIGHT
+    if num_events == 0:
+        raise LostError("the stream broke off before its first event: it could be retried")
+    if sender not in killed:
+        raise LostError(f"the stream broke off, and its instance {sender} was not killed")
+    return BROKEN_OFF
 
 
 class Client:
@@ -84,8 +115,7 @@ class Client:
         url: of the router.
         tally: counts what becomes of them.
         rng: decides on everything.
-        was_killed_since: tells whether an instance has been killed since a time by the
-            monotonic clock; nothing else excuses a stream that breaks off.
+        killed: names of the instance processes that have been killed; it grows.
     """
 
     def __init__(
@@ -93,12 +123,12 @@ class Client:
         url: str,
         tally: Tally,
         rng: random.Random,
-        was_killed_since: Callable[[float], bool],
+        killed: Container[str],
     ) -> None:
         self._url = url + traffic.PATH
         self._tally = tally
         self._rng = rng
-        self._was_killed_since = was_killed_since
+        self._killed = killed
         self._kinds = {
             "whole": self._whole,
             "stream": self._stream,
@@ -119,7 +149,7 @@ class Client:
                 (kind,) = self._rng.choices(list(MIX), list(MIX.values()))
                 try:
                     self._tally.note(kind, await self._kinds[kind](session))
-                except _LostError as exc:
+                except LostError as exc:
                     self._tally.note(kind, LOST, str(exc))
                 except (aiohttp.ClientError, OSError) as exc:  # a timeout, too
                     self._tally.note(kind, LOST, f"{type(exc).__name__}: {exc}")
@@ -141,7 +171,7 @@ class Client:
             answer = await response.read()
             _check_status(response, answer)
         if not traffic.is_right(answer, request_id, shape):
-            raise _LostError(f"wrong answer {answer[:80]!r}")
+            raise LostError(f"wrong answer {answer[:80]!r}")
         return RIGHT
 
     async def _stream(self, session: aiohttp.ClientSession) -> str:
@@ -153,7 +183,7 @@ class Client:
     async def _ask_stream(
         self, session: aiohttp.ClientSession, shape: Shape, *, pause_s: float
     ) -> str:
-        request_id, began = uuid.uuid4().hex, time.monotonic()
+        request_id = uuid.uuid4().hex
         prompt, answer = self._prompt(), bytearray()
         async with self._post(session, request_id, prompt, shape, stream=True) as response:
             async for data in response.content.iter_any():
@@ -161,25 +191,13 @@ class Client:
                 if pause_s:
                     await asyncio.sleep(pause_s)
             _check_status(response, answer)
-        return self._judge(bytes(answer), request_id, shape, began)
+        return self._judge(response, answer, request_id, shape)
 
-    def _judge(self, answer: bytes, request_id: str, shape: Shape, began: float) -> str:
-        """Return what a stream that has ended is.
-
-        Raises:
-            _LostError: it is wrong.
-        """
-        try:
-            num_events = traffic.check_stream(answer, request_id, shape)
-        except ValueError as exc:
-            raise _LostError(str(exc)) from exc
-        if num_events is None:
-            return RIGHT
-        if num_events == 0:
-            raise _LostError("the stream broke off before its first event: it could be retried")
-        if not self._was_killed_since(began):
-            raise _LostError("the stream broke off, and no instance was killed")
-        return BROKEN_OFF
+    def _judge(
+        self, response: aiohttp.ClientResponse, answer: bytearray, request_id: str, shape: Shape
+    ) -> str:
+        sender = response.headers.get(traffic.SENDER)
+        return judge_stream(bytes(answer), request_id, shape, sender=sender, killed=self._killed)
 
     async def _leaves(self, session: aiohttp.ClientSession) -> str:
         """Leave at any time: during the prefill, before the first bytes or after them."""
@@ -193,7 +211,7 @@ class Client:
 
     async def _stuck(self, session: aiohttp.ClientSession) -> str:
         """Take the beginning of a long answer and then nothing, until the router has had enough."""
-        request_id, began = uuid.uuid4().hex, time.monotonic()
+        request_id = uuid.uuid4().hex
         async with self._post(session, request_id, self._prompt(), _STUCK, stream=True) as response:
             answer = bytearray(await response.content.readany())
             _check_status(response, answer)
@@ -203,9 +221,9 @@ class Client:
                     answer += data
             except (aiohttp.ClientError, OSError):
                 return GIVEN_UP
-        outcome = self._judge(bytes(answer), request_id, _STUCK, began)
+        outcome = self._judge(response, answer, request_id, _STUCK)
         if outcome == RIGHT:
-            raise _LostError("the router has waited for a client that took nothing")
+            raise LostError("the router has waited for a client that took nothing")
         return outcome  # its instance was killed before the router had enough
 
     def _post(  # all that a request is made of
@@ -233,7 +251,7 @@ class Client:
 
 def _check_status(response: aiohttp.ClientResponse, answer: bytes | bytearray) -> None:
     if response.status != 200:
-        raise _LostError(f"status {response.status}: {bytes(answer[:120])!r}")
+        raise LostError(f"status {response.status}: {bytes(answer[:120])!r}")
 
 
 def _small_socket(address: tuple[object, ...]) -> socket.socket:

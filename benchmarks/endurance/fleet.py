@@ -31,7 +31,13 @@ class _Member:
     role: str
     port: int
     process: subprocess.Popen[bytes] | None = None
+    num_starts: int = 0
     is_up: bool = False
+
+    @property
+    def name(self) -> str:
+        """Name of its process; the next one has another."""
+        return f"{self.port}-{self.num_starts}"
 
     @property
     def url(self) -> str:
@@ -44,19 +50,15 @@ class Fleet:
 
     Attributes:
         members: all of them.
-        kills: when each kill was, by the monotonic clock, and of which role.
+        kills: role of each process that was killed, by its name.
     """
 
     members: Sequence[_Member]
-    kills: list[tuple[float, str]] = field(default_factory=list)
+    kills: dict[str, str] = field(default_factory=dict)
 
     def urls(self, role: str) -> list[str]:
         """Return the addresses of a role's instances."""
         return [one.url for one in self.members if one.role == role]
-
-    def was_killed_since(self, began: float) -> bool:
-        """Return whether an instance was killed at that time or later."""
-        return bool(self.kills) and self.kills[-1][0] >= began - _ROUND_S
 
     async def kill_at_random(
         self, chance_per_s: float, until: float, rng: random.Random, usable: UsableUrls
@@ -92,7 +94,7 @@ class Fleet:
 
     def _kill(self, member: _Member) -> None:
         assert member.process is not None
-        self.kills.append((time.monotonic(), member.role))
+        self.kills[member.name] = member.role  # first: its clients may notice at once
         member.process.kill()
         member.process.wait()
         member.is_up = False
@@ -124,8 +126,9 @@ async def _restart(member: _Member, pause_s: float) -> None:
 
 
 async def _start(member: _Member) -> None:
+    member.num_starts += 1
     command = [sys.executable, str(_TIED), str(os.getpid()), sys.executable]
-    command += ["-m", "benchmarks.endurance.instance", str(member.port)]
+    command += ["-m", "benchmarks.endurance.instance", str(member.port), member.name]
     env = {**os.environ, "PYTHONPATH": str(REPO)}
     process = subprocess.Popen(command, env=env, stdin=subprocess.DEVNULL, process_group=0)  # noqa: ASYNC220  # returns at once
     member.process = process

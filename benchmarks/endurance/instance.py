@@ -1,9 +1,9 @@
 """An instance without a model: prefills and decodes as vLLM does, in a process of its own.
 
-    python -m benchmarks.endurance.instance PORT
+    python -m benchmarks.endurance.instance PORT NAME
 
-Takes either role, refuses legs that are damaged or carry the params of another request,
-and takes a moment for a prefill.
+NAME is of this process alone, and its streams tell it. Takes either role, refuses legs that
+are damaged or carry the params of another request, and takes a moment for a prefill.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ _END = chunk(traffic.DONE + b"\n\n") + b"0\r\n\r\n"
 class Connection(asyncio.Protocol):
     """One connection; answers requests in turn."""
 
-    def __init__(self) -> None:
+    def __init__(self, name: str) -> None:
+        self._stream_head = stream_head(f"{traffic.SENDER}: {name}\r\n".encode())
         self._parser = httptools.HttpRequestParser(self)
         self._next: asyncio.TimerHandle | None = None
         self._request_id = ""
@@ -79,7 +80,7 @@ class Connection(asyncio.Protocol):
         elif asked.prefilled_for not in (None, self._request_id):
             self._refuse("the params are of another request")
         elif asked.stream:
-            self._transport.write(stream_head())
+            self._transport.write(self._stream_head)
             self._stream(asked.shape, 0)
         else:
             shape = asked.shape
@@ -104,11 +105,12 @@ class Connection(asyncio.Protocol):
         self._next = asyncio.get_running_loop().call_later(delay_s, what)
 
 
-async def _serve(port: int) -> None:
-    server = await asyncio.get_running_loop().create_server(Connection, "127.0.0.1", port)
+async def _serve(port: int, name: str) -> None:
+    loop = asyncio.get_running_loop()
+    server = await loop.create_server(partial(Connection, name), "127.0.0.1", port)
     async with server:
         await asyncio.Event().wait()
 
 
 if __name__ == "__main__":
-    uvloop.run(_serve(int(sys.argv[1])))
+    uvloop.run(_serve(int(sys.argv[1]), sys.argv[2]))

@@ -16,6 +16,9 @@ PATH = "/v1/completions"
 SHAPE = "shape"
 """Field of a request that says how the answer is to look; the router does not know it."""
 
+SENDER = "X-Soak-Sender"
+"""Header of a streamed answer: the name of the instance process that it comes from."""
+
 DONE = b"data: [DONE]"
 
 _PROMPT_MARK = b'"prompt":"'

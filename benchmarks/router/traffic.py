@@ -81,11 +81,11 @@ def decode_answer() -> bytes:
     return response(json.dumps(_answer() | {"kv_transfer_params": None}).encode())
 
 
-def stream_head() -> bytes:
-    """Return the head of a streamed answer."""
+def stream_head(more: bytes = b"") -> bytes:
+    """Return the head of a streamed answer, with ``more`` lines, each with its end."""
     return (
         b"HTTP/1.1 200 OK\r\nserver: null\r\ncontent-type: text/event-stream; charset=utf-8\r\n"
-        b"transfer-encoding: chunked\r\n\r\n"
+        b"transfer-encoding: chunked\r\n" + more + b"\r\n"
     )
 
 

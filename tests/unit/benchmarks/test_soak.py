@@ -11,7 +11,15 @@ import pytest
 
 from benchmarks import soak
 from benchmarks.endurance import judge, traffic
-from benchmarks.endurance.clients import LOST, MIX, RIGHT, Tally
+from benchmarks.endurance.clients import (
+    BROKEN_OFF,
+    LOST,
+    MIX,
+    RIGHT,
+    LostError,
+    Tally,
+    judge_stream,
+)
 from benchmarks.endurance.judge import Rest, Sample, Soak
 from benchmarks.endurance.traffic import Shape
 from vllm_pd.router import body as bodies
@@ -107,6 +115,35 @@ def test_error_event_ends_a_stream_wherever_it_broke_off(count: int) -> None:
 def test_stream_with_anything_wrong_is_refused(stream: bytes) -> None:
     with pytest.raises(ValueError, match=r"event|stream"):
         traffic.check_stream(stream, "r-1", SHAPE)
+
+
+def broken_off(count: int) -> bytes:
+    return events(count) + error_event(502, "The decode instance failed.")
+
+
+def test_stream_may_break_off_if_the_process_that_sent_it_was_killed() -> None:
+    found = judge_stream(broken_off(2), "r-1", SHAPE, sender="a-1", killed={"a-1": "decode"})
+
+    assert found == BROKEN_OFF
+
+
+@pytest.mark.parametrize("sender", ["a-2", "b-1", None])
+def test_stream_that_breaks_off_is_lost_though_another_process_was_killed(
+    sender: str | None,
+) -> None:
+    with pytest.raises(LostError, match="was not killed"):
+        judge_stream(broken_off(2), "r-1", SHAPE, sender=sender, killed={"a-1": "decode"})
+
+
+def test_stream_that_breaks_off_before_it_begins_is_lost_whoever_was_killed() -> None:
+    with pytest.raises(LostError, match="could be retried"):
+        judge_stream(broken_off(0), "r-1", SHAPE, sender="a-1", killed={"a-1": "decode"})
+
+
+def test_complete_stream_of_a_killed_process_is_right() -> None:
+    found = judge_stream(events(3) + END, "r-1", SHAPE, sender="a-1", killed={"a-1": "decode"})
+
+    assert found == RIGHT
 
 
 def test_soak_that_shows_nothing_bad_has_no_failures() -> None:
