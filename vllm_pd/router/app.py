@@ -40,6 +40,7 @@ from vllm_pd.router.probes import Probes
 from vllm_pd.router.proxy import Backend, Proxy
 from vllm_pd.router.record import Record
 from vllm_pd.router.replies import error_response
+from vllm_pd.router.site import Site
 from vllm_pd.router.spans import Tracer, open_tracer
 from vllm_pd.router.tls import client_tls, server_tls
 from vllm_pd.router.upstream import Upstream
@@ -200,10 +201,10 @@ async def _listen(
     sockets: Sequence[socket.socket],
     tls: ssl.SSLContext | None,
 ) -> None:
-    sites: list[web.BaseSite] = [
-        web.SockSite(runner, one, backlog=_BACKLOG, ssl_context=tls) for one in sockets
-    ] or [web.TCPSite(runner, config.host, config.port, backlog=_BACKLOG, ssl_context=tls)]
-    for site in sites:
+    places: Sequence[socket.socket | tuple[str, int]] = sockets or [(config.host, config.port)]
+    limit_s = config.client_timeout_s
+    for where in places:
+        site = Site(runner, where, backlog=_BACKLOG, tls=tls, handshake_timeout_s=limit_s)
         try:
             await site.start()
         except OSError as exc:

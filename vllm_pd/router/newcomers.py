@@ -2,7 +2,8 @@
 
 aiohttp gives up a connection that is idle after a request, and the router a body that
 does not come. Between the two is a client that connects, or begins to send headers, and
-then falls silent: nobody else would ever notice.
+then falls silent: nobody else would ever notice. Where there is TLS, this is about
+connections whose handshake is over; ``site`` limits the handshake.
 """
 
 from __future__ import annotations

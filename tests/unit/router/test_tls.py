@@ -77,6 +77,15 @@ def accepting(pair: Pair) -> ssl.SSLContext:
     return context
 
 
+async def test_a_client_that_never_shakes_hands_is_not_waited_for(authority: Authority) -> None:
+    options = authority.issue("router").options
+    async with serving(client_timeout_s=0.1, **options) as address:
+        host, _, port = address.partition(":")
+        reader, writer = await asyncio.open_connection(host, int(port))
+        assert await reader.read() == b""  # the event loop's own limit is a minute
+        writer.close()
+
+
 async def serial_number(address: str, tls: ssl.SSLContext) -> object:
     """Return the serial number of the certificate that a router shows."""
     host, _, port = address.partition(":")
