@@ -188,6 +188,7 @@ class InstancePool:
         del self._instances[url]
         logger.info("%s instance %s is removed", instance.role.value, url)
         if watcher := self._watchers.pop(url, None):
+            watcher.cancel()  # first: nothing must be remembered after ``_tell_lost``
             task = asyncio.create_task(watcher.stop())
             self._stopping.add(task)
             task.add_done_callback(self._stopping.discard)

@@ -90,11 +90,18 @@ class Watcher:
             asyncio.create_task(self._watch_rest()),
         ]
 
-    async def stop(self) -> None:
-        """End the watching."""
+    def cancel(self) -> None:
+        """Take no notice of anything from now on, also of what was asked before."""
         for task in self._tasks:
             task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def stop(self) -> None:
+        """End the watching."""
+        self.cancel()
+        # A task keeps its watcher, and only the garbage collector would part the two: with it
+        # the instance would stay, maybe for as long as the router runs.
+        tasks, self._tasks = self._tasks, []
+        await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _watch_health(self) -> None:
         instance = self._instance
