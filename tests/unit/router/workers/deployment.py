@@ -76,11 +76,13 @@ class Router:
         process: the parent.
         port: of the router.
         log: what they write.
+        num_instances: that it begins with.
     """
 
     process: asyncio.subprocess.Process
     port: int
     log: Path
+    num_instances: int
     connections: list[Connection] = field(default_factory=list)
 
     def workers(self) -> list[int]:
@@ -89,8 +91,17 @@ class Router:
         return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
     async def up(self) -> None:
-        """Wait until every worker serves."""
-        await until(lambda: self.process.returncode is not None or self.num_served() >= NUM_WORKERS)
+        """Wait until every worker serves and has found every instance healthy.
+
+        On a busy machine a worker may serve before its first probes are answered.
+        """
+        num_found = NUM_WORKERS * self.num_instances
+
+        def is_up() -> bool:
+            num_healthy = self.log.read_text().count(" is healthy")
+            return self.num_served() >= NUM_WORKERS and num_healthy >= num_found
+
+        await until(lambda: self.process.returncode is not None or is_up())
 
     def num_served(self) -> int:
         """Return how many workers have ever come up."""
@@ -155,7 +166,7 @@ async def launch(
             stderr=file,
             env={**os.environ, "PYTHONPATH": str(REPO)},
         )
-    return Router(process, port, log)
+    return Router(process, port, log, len(prefill) + len(decode))
 
 
 def _has_connection(pid: int, port: int, client_port: int) -> bool:

@@ -4,8 +4,8 @@ import socket
 from contextlib import closing
 
 import pytest
-from aiohttp.test_utils import unused_port
 
+from tests.ports import free_ports
 from vllm_pd.errors import ConfigError
 from vllm_pd.router.workers.sockets import SharedPort
 
@@ -19,7 +19,7 @@ def can_connect(port: int) -> bool:
 
 
 def test_several_sockets_listen_on_the_port() -> None:
-    port = unused_port()
+    (port,) = free_ports(1)
     with closing(SharedPort("127.0.0.1", port)) as shared:
         sockets = [one for _ in range(2) for one in shared.bind()]
         assert not can_connect(port)
@@ -34,7 +34,7 @@ def test_several_sockets_listen_on_the_port() -> None:
 
 @pytest.mark.parametrize("listening", [True, False])
 def test_nobody_else_gets_the_port(listening: bool) -> None:
-    port = unused_port()
+    (port,) = free_ports(1)
     with closing(SharedPort("127.0.0.1", port)) as shared:
         sockets = shared.bind()
         for one in sockets if listening else []:
@@ -51,4 +51,4 @@ def test_nobody_else_gets_the_port(listening: bool) -> None:
 
 def test_an_address_that_is_not_of_this_host_is_an_error() -> None:
     with pytest.raises(ConfigError, match=r"cannot listen on 192\.0\.2\.1"):
-        SharedPort("192.0.2.1", unused_port())
+        SharedPort("192.0.2.1", free_ports(1)[0])
