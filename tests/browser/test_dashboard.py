@@ -136,6 +136,15 @@ async def test_the_page_says_when_the_router_is_away(page: Page, router: Client)
     assert "away" in await page.text("#ready")
 
 
+async def test_the_page_says_when_a_part_of_the_router_is_missing(
+    page: Page, start_router: StartRouter, prefill: FakeInstance, decode: FakeInstance
+) -> None:
+    router = await start_router([prefill], [decode], workers=2)  # of which there is one
+    await open_dashboard(page, router)
+    assert "No answer from 1 of 2 router processes" in await page.text("#silent")
+    assert "2 router processes together" in await page.text("footer")
+
+
 async def test_of_many_instances_those_out_of_use_and_the_fullest_are_shown_first(
     page: Page, start_router: StartRouter, start_instance: StartInstance, prefill: FakeInstance
 ) -> None:

@@ -1,15 +1,16 @@
 """What the router did in the last minutes, for people who watch it.
 
 Prometheus has the whole story, but needs somebody to collect it. This is enough for
-the dashboard of one router process and is forgotten after ``WINDOW_S``.
+the dashboard and is forgotten after ``WINDOW_S``. The slices of all processes of a host
+are counted on the same clock, so those of the workers of one router can be put together.
 """
 
 from __future__ import annotations
 
 import enum
 import time
-from collections import Counter, deque
-from collections.abc import Callable, Collection
+from collections import deque
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 
 from vllm_pd.router.spread import Spread, bucket_of
@@ -56,11 +57,52 @@ class Slice:
 
     number: int
     spreads: dict[Timed, Spread] = field(default_factory=dict)
-    counts: Counter[tuple[Tally, str]] = field(default_factory=Counter)
+    counts: dict[tuple[Tally, str], int] = field(default_factory=dict)
 
     def total(self, tally: Tally) -> int:
         """Return a count of all labels together."""
         return sum(count for (what, _), count in self.counts.items() if what is tally)
+
+    def count(self, key: tuple[Tally, str], num: int) -> None:
+        """Take note that something happened."""
+        self.counts[key] = self.counts.get(key, 0) + num
+
+    def merge(self, other: Slice) -> None:
+        """Count all that another one counts, too."""
+        for what, spread in other.spreads.items():
+            self.spreads.setdefault(what, Spread()).merge(spread)
+        for key, num in other.counts.items():
+            self.count(key, num)
+
+
+def window_of(slices: Iterable[Slice], now: float) -> list[Slice]:
+    """Put slices together: one after the other until ``now``; the last one is not over yet.
+
+    There are always ``NUM_SLICES`` of them. Those in which nothing happened are empty, and
+    what is older is left out.
+    """
+    first = _number_at(now) - NUM_SLICES + 1
+    window = [Slice(number) for number in range(first, first + NUM_SLICES)]
+    for one in slices:
+        if 0 <= one.number - first < NUM_SLICES:
+            window[one.number - first].merge(one)
+    return window
+
+
+def span_s(num_slices: int, *, age_s: float, now: float) -> float:
+    """Return how much time the last slices cover so far, in seconds; at least one.
+
+    Args:
+        num_slices: how many.
+        age_s: seconds since anything was counted.
+        now: time on the clock of the slices.
+    """
+    whole = (num_slices - 1) * SLICE_S
+    return max(1.0, min(age_s, whole + now % SLICE_S))
+
+
+def _number_at(now: float) -> int:
+    return int(now // SLICE_S)
 
 
 class Activity:
@@ -80,10 +122,10 @@ class Activity:
         """Seconds since it began to count."""
         return self._clock() - self.began
 
-    def span_s(self, num_slices: int) -> float:
-        """Return how much time the last slices cover so far, in seconds; at least one."""
-        whole = (num_slices - 1) * SLICE_S
-        return max(1.0, min(self.age_s, whole + self._clock() % SLICE_S))
+    @property
+    def slices(self) -> tuple[Slice, ...]:
+        """What happened, in slices that change; some may be too old to be of interest."""
+        return tuple(self._slices)
 
     def time(self, what: Timed, seconds: float) -> None:
         """Take note of one duration."""
@@ -99,26 +141,15 @@ class Activity:
 
     def count(self, what: Tally, label: str = "", num: int = 1) -> None:
         """Take note that something happened."""
-        self._now().counts[what, label] += num
+        self._now().count((what, label), num)
 
     def recent(self) -> list[Slice]:
-        """Return what happened, one slice after the other; the last one is not over yet.
-
-        There are always ``NUM_SLICES`` of them. Nothing happened in those before its
-        beginning.
-        """
-        last = self._number()
-        known = {one.number: one for one in self._slices}
-        return [
-            known.get(number) or Slice(number) for number in range(last - NUM_SLICES + 1, last + 1)
-        ]
+        """Return what happened, as ``window_of`` puts it together."""
+        return window_of(self._slices, self._clock())
 
     def _now(self) -> Slice:
-        number = self._number()
+        number = _number_at(self._clock())
         slices = self._slices
         if not slices or slices[-1].number != number:
             slices.append(Slice(number))
         return slices[-1]
-
-    def _number(self) -> int:
-        return int(self._clock() // SLICE_S)

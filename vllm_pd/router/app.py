@@ -312,7 +312,7 @@ async def _resources(app: web.Application) -> AsyncIterator[None]:
         await pool.start()
         stack.push_async_callback(pool.stop)
         if shared is not None:
-            await shared.join(pool, app[METRICS], file)
+            await shared.join(pool, app[METRICS], stages, file)
             stack.push_async_callback(shared.leave)
         followed = [app[ACCESS].watch(), _follow_capacity(config, pool, stages)]
         if file is not None:
@@ -429,8 +429,7 @@ async def _ready(request: web.Request) -> web.Response:
 
 def _dashboard_sources(request: web.Request) -> Sources:
     app = request.app
-    stages = app[STAGES]
-    return Sources(app[POOL], app[METRICS], stages)
+    return Sources(app[POOL], app[METRICS], app[STAGES], app[CONFIG].workers, app.get(SHARED))
 
 
 async def _make_change(request: web.Request, change: changes.Change) -> None:

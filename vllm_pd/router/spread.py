@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Collection, Sequence
-from itertools import pairwise
+from itertools import accumulate, pairwise
+
+import msgspec
 
 _STEPS = (
     *(1.0, 1.12, 1.25, 1.4, 1.6, 1.8, 2.0, 2.25, 2.5, 2.8),
@@ -29,34 +31,32 @@ def buckets_between(times: Sequence[float]) -> list[int]:
     return [find(bounds, later - earlier) for earlier, later in pairwise(times)]
 
 
-class Spread:
+class Spread(msgspec.Struct, array_like=True):
     """Durations, by bucket.
 
     Attributes:
         num: how many there are.
         total_s: their sum.
+        counts: how many are in each bucket that has any.
     """
 
-    __slots__ = ("_counts", "num", "total_s")
-
-    def __init__(self) -> None:
-        self._counts = [0] * (len(BOUNDS) + 1)
-        self.num = 0
-        self.total_s = 0.0
+    num: int = 0
+    total_s: float = 0.0
+    counts: dict[int, int] = {}  # msgspec gives each its own
 
     def add(self, buckets: Collection[int], total_s: float) -> None:
         """Count durations, given by ``bucket_of``, and their sum."""
-        counts = self._counts
+        counts = self.counts
         for bucket in buckets:
-            counts[bucket] += 1
+            counts[bucket] = counts.get(bucket, 0) + 1
         self.num += len(buckets)
         self.total_s += total_s
 
     def merge(self, other: Spread) -> None:
         """Count all durations of another one, too."""
-        self._counts = [
-            ours + theirs for ours, theirs in zip(self._counts, other._counts, strict=True)
-        ]
+        counts = self.counts
+        for bucket, count in other.counts.items():
+            counts[bucket] = counts.get(bucket, 0) + count
         self.num += other.num
         self.total_s += other.total_s
 
@@ -69,8 +69,8 @@ class Spread:
         if not self.num:
             return None
         rank, seen = share * self.num, 0
-        for bucket, count in enumerate(self._counts[:-1]):
-            if count and seen + count >= rank:
+        for bucket, count in sorted(self.counts.items()):
+            if bucket < len(BOUNDS) and seen + count >= rank:
                 lower = BOUNDS[bucket - 1] if bucket else 0.0
                 return lower + (BOUNDS[bucket] - lower) * (rank - seen) / count
             seen += count
@@ -78,10 +78,8 @@ class Spread:
 
     def cumulative(self, bounds: Sequence[float]) -> list[int]:
         """Return how many do not exceed each of some ``BOUNDS``, which must ascend."""
-        found, seen, start = [], 0, 0
-        for bound in bounds:
-            end = bucket_of(bound) + 1
-            seen += sum(self._counts[start:end])
-            found.append(seen)
-            start = end
-        return found
+        ends = [bucket_of(bound) for bound in bounds]
+        found = [0] * (len(bounds) + 1)
+        for bucket, count in self.counts.items():
+            found[bisect_left(ends, bucket)] += count
+        return list(accumulate(found[:-1]))

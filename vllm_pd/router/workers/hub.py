@@ -8,7 +8,7 @@ has died or has been given up, so that a change that was confirmed holds everywh
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from vllm_pd.router.workers.changes import Add, Change, with_change
 from vllm_pd.router.workers.merge import Page, merge, what_stays
@@ -36,13 +36,15 @@ class _Open:
         origin: who asked.
         its_number: of the question, as the origin counts.
         waits_for: who has not answered.
-        is_metrics: whether the answers are of interest.
+        is_metrics: whether it asks for the metrics.
+        reports: that have come, if it asks for them.
     """
 
     origin: int
     its_number: int
     waits_for: set[int]
     is_metrics: bool = False
+    reports: list[bytes] = field(default_factory=list)
 
 
 class Hub:
@@ -88,11 +90,16 @@ class Hub:
         )
         return number, [(worker, Asked(number, question)) for worker in sorted(self._members)]
 
-    def answer(self, worker: int, number: int | None, page: Page) -> Outgoing:
+    def answer(self, worker: int, number: int | None, page: Page, report: bytes = b"") -> Outgoing:
         """Take an answer; an unknown number is that of a question that was given up."""
         if page:
             self._last[worker] = page
-        return [] if number is None else self._done(number, worker)
+        if number is None:
+            return []
+        question = self._open.get(number)
+        if report and question is not None and worker in question.waits_for:
+            question.reports.append(report)
+        return self._done(number, worker)
 
     def lost(self, worker: int) -> Outgoing:
         """Take a worker out; nobody waits for it any more."""
@@ -137,4 +144,4 @@ class Hub:
             return []
         del self._open[number]
         pages = (*self._last.values(), self._gone) if question.is_metrics else ()
-        return [(question.origin, Answers(question.its_number, pages))]
+        return [(question.origin, Answers(question.its_number, pages, tuple(question.reports)))]

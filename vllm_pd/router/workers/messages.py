@@ -31,6 +31,10 @@ class ShowMetrics(msgspec.Struct, frozen=True, tag=True):
     """To all: answer with your metrics."""
 
 
+class ShowReports(msgspec.Struct, frozen=True, tag=True):
+    """To all: answer with a report, for the dashboard."""
+
+
 class Doubt(msgspec.Struct, frozen=True, tag=True):
     """To all: requests have failed on an instance.
 
@@ -43,7 +47,7 @@ class Doubt(msgspec.Struct, frozen=True, tag=True):
     tripped: bool
 
 
-Question = MakeChange | FileChanged | ShowMetrics | Doubt
+Question = MakeChange | FileChanged | ShowMetrics | ShowReports | Doubt
 
 
 class Start(msgspec.Struct, frozen=True, tag=True):
@@ -94,17 +98,27 @@ class Asked(msgspec.Struct, frozen=True, tag=True):
 
 
 class Answer(msgspec.Struct, frozen=True, tag=True):
-    """Worker to parent: the question is answered, or done; also metrics without a question."""
+    """Worker to parent: the question is answered, or done; also metrics without a question.
+
+    Attributes:
+        report: as the worker has written it, for the one that asked.
+    """
 
     number: int | None
     page: Page = ()
+    report: bytes = b""
 
 
 class Answers(msgspec.Struct, frozen=True, tag=True):
-    """Parent to worker: what all workers answered to its question."""
+    """Parent to worker: what all workers answered to its question.
+
+    Attributes:
+        reports: of those that have answered.
+    """
 
     number: int
-    pages: tuple[Page, ...]
+    pages: tuple[Page, ...] = ()
+    reports: tuple[bytes, ...] = ()
 
 
 ToWorker = Start | Welcome | Asked | Answers

@@ -250,8 +250,8 @@ class Parent:
                     worker.failure = text
                 case Ask():
                     self._ask(index, message)
-                case Answer(number, page):
-                    self._send(self._hub.answer(index, number, page))
+                case Answer(number, page, report):
+                    self._send(self._hub.answer(index, number, page, report))
 
     async def _watch(self, worker: _Worker) -> None:
         """End a worker that serves and hangs; one that stops may be silent."""

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Mapping
 
 import msgspec
 
 from vllm_pd.config import Role
 from vllm_pd.errors import RemoteProtocolError
+from vllm_pd.router.admission import Stage
+from vllm_pd.router.instance import Instance
 from vllm_pd.router.instances import InstancePool
 from vllm_pd.router.instances_file import InstancesFile
 from vllm_pd.router.metrics import Metrics
+from vllm_pd.router.reports import Report, report_of
 from vllm_pd.router.workers import changes
 from vllm_pd.router.workers.board import Board, News, Row, key_of
 from vllm_pd.router.workers.merge import Page, merge, render
@@ -28,6 +32,7 @@ from vllm_pd.router.workers.messages import (
     Question,
     Ready,
     ShowMetrics,
+    ShowReports,
     Start,
     ToParent,
     ToWorker,
@@ -44,6 +49,7 @@ METRICS_INTERVAL_S = 1.0
 last one is lost if it is killed."""
 
 _decoder = msgspec.msgpack.Decoder(ToWorker)
+_report_decoder = msgspec.msgpack.Decoder(Report)
 
 
 class Shared:
@@ -62,12 +68,13 @@ class Shared:
         self._writer = writer
         self._stop = stop
         self._tasks: list[asyncio.Task[None]] = []
-        self._waiting: dict[int, asyncio.Future[tuple[Page, ...]]] = {}
+        self._waiting: dict[int, asyncio.Future[Answers]] = {}
         self._next_number = 0
         self._urls: dict[int, str] = {}  # of instances, by key
         self._board: Board
         self._pool: InstancePool
         self._metrics: Metrics
+        self._stages: Mapping[Role, Stage]
         self._file: InstancesFile | None
 
     async def start(self) -> Start:
@@ -86,7 +93,11 @@ class Shared:
         self._board = board
 
     async def join(
-        self, pool: InstancePool, metrics: Metrics, file: InstancesFile | None = None
+        self,
+        pool: InstancePool,
+        metrics: Metrics,
+        stages: Mapping[Role, Stage],
+        file: InstancesFile | None = None,
     ) -> None:
         """Become one of the workers that are asked, and make the changes that were missed.
 
@@ -95,12 +106,14 @@ class Shared:
         Args:
             pool: what changes are made in.
             metrics: of this worker.
+            stages: its queues.
             file: that the instances are from, if there is one; to be watched from now on.
 
         Raises:
             RemoteProtocolError: the parent is gone.
         """
-        self._pool, self._metrics, self._file = pool, metrics, file
+        self._pool, self._metrics, self._stages, self._file = pool, metrics, stages, file
+        pool.subscribe(self._forget)
         pool.subscribe_doubts(self._tell_doubt)
         self._send(Join(file.names if file else ()))
         message = await self._next()
@@ -138,7 +151,13 @@ class Shared:
 
     async def page(self) -> bytes:
         """Return the metrics of all workers together."""
-        return render(merge(await self._ask(ShowMetrics()), least_of=Metrics.LEAST_OF))
+        answers = await self._ask(ShowMetrics())
+        return render(merge(answers.pages, least_of=Metrics.LEAST_OF))
+
+    async def reports(self) -> list[Report]:
+        """Return what the workers say of themselves; one that hangs is left out."""
+        answers = await self._ask(ShowReports())
+        return [_report_decoder.decode(report) for report in answers.reports]
 
     # Counts and news.
 
@@ -162,6 +181,10 @@ class Shared:
         urls = self._urls
         return [(urls[key], digest, tokens) for key, digest, tokens in news if key in urls]
 
+    def _forget(self, instance: Instance) -> None:
+        """Take no more news of an instance, unless it is found in the pool again."""
+        self._urls.pop(key_of("instance", instance.base_url), None)
+
     # The link.
 
     async def _next(self) -> ToWorker | None:
@@ -176,7 +199,7 @@ class Shared:
                 elif isinstance(message, Answers):
                     future = self._waiting.pop(message.number, None)
                     if future is not None and not future.done():
-                        future.set_result(message.pages)
+                        future.set_result(message)
             logger.error("the router's parent process is gone: this worker stops")
         except Exception:
             logger.exception("what the router's parent process said failed: this worker stops")
@@ -187,6 +210,7 @@ class Shared:
 
     def _respond(self, asked: Asked) -> None:
         page: Page = ()
+        report = b""
         match asked.question:
             case MakeChange(change):
                 changes.make(change, self._pool)
@@ -196,10 +220,13 @@ class Shared:
                 return
             case ShowMetrics():
                 page = self._metrics.page(self._pool)
+            case ShowReports():
+                found = report_of(self._pool, self._metrics, self._stages)
+                report = msgspec.msgpack.encode(found)
             case Doubt(url, tripped):
                 self._pool.doubt(url, tripped=tripped)
                 return
-        self._send(Answer(asked.number, page))
+        self._send(Answer(asked.number, page, report))
 
     async def _copy_metrics(self) -> None:
         while True:
@@ -209,15 +236,14 @@ class Shared:
     def _tell_doubt(self, base_url: str, tripped: bool) -> None:  # noqa: FBT001 - a callback
         self._tell(Doubt(base_url, tripped))
 
-    async def _ask(self, question: Question) -> tuple[Page, ...]:
-        future = asyncio.get_running_loop().create_future()
+    async def _ask(self, question: Question) -> Answers:
+        future: asyncio.Future[Answers] = asyncio.get_running_loop().create_future()
         number = self._tell(question)
         self._waiting[number] = future
         try:
-            pages: tuple[Page, ...] = await future
+            return await future
         finally:
             self._waiting.pop(number, None)
-        return pages
 
     def _tell(self, question: Question) -> int:
         self._next_number += 1

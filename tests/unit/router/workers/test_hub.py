@@ -15,6 +15,7 @@ from vllm_pd.router.workers.messages import (
     FileChanged,
     MakeChange,
     ShowMetrics,
+    ShowReports,
     Welcome,
 )
 
@@ -42,7 +43,7 @@ def total(answers: object) -> float:
     return sum(one.value for one in samples if one.name == "n_total")
 
 
-def asked(hub: Hub, question: MakeChange | ShowMetrics, *, origin: int = 0) -> int:
+def asked(hub: Hub, question: MakeChange | ShowMetrics | ShowReports, *, origin: int = 0) -> int:
     number, _ = hub.ask(origin, Ask(7, question))
     assert number is not None
     return number
@@ -144,6 +145,23 @@ def test_the_metrics_are_those_of_all_workers(hub: Hub) -> None:
     hub.answer(1, number, page(2))
     ((origin, answers),) = hub.answer(2, number, page(4))
     assert (origin, total(answers)) == (0, 7)
+
+
+def test_reports_are_those_of_who_has_answered(hub: Hub) -> None:
+    number = asked(hub, ShowReports())
+    hub.answer(0, number, (), b"0")
+    hub.answer(2, number, (), b"2")
+    assert hub.give_up(number) == ({1}, [(0, Answers(7, (), (b"0", b"2")))])
+    assert hub.answer(1, number, (), b"1") == []
+
+
+def test_a_report_is_told_once_and_not_with_other_answers(hub: Hub) -> None:
+    first, second = asked(hub, ShowReports()), asked(hub, ShowReports())
+    for worker in range(3):
+        hub.answer(worker, first, (), b"old")
+    hub.answer(0, second, (), b"new")
+    hub.answer(1, second, (), b"new")
+    assert hub.answer(2, second, (), b"new") == [(0, Answers(7, (), (b"new",) * 3))]
 
 
 def test_a_worker_that_is_silent_counts_with_what_it_has_shown_last(hub: Hub) -> None:

@@ -126,6 +126,90 @@ async def test_every_worker_shows_the_metrics_of_all(
             assert await metric(connection, "vllm_pd:router_instance_up{") == 2
 
 
+async def dashboard(connection: Connection) -> Any:
+    """Return what the dashboard shows if a worker is asked."""
+    status, raw = await connection.ask("GET", "/dashboard/state")
+    assert status == 200
+    return json.loads(raw)
+
+
+async def has_queue(connection: Connection) -> bool:
+    """Return whether a request waits for a decode slot anywhere."""
+    return bool((await dashboard(connection))["queues"]["decode"]["waiting"])
+
+
+async def test_the_dashboard_of_every_worker_shows_what_all_have_done_and_do(
+    prefill: FakeInstance, start_instance: StartInstance, tmp_path: Path
+) -> None:
+    decode = await start_instance(completes)
+    async with running(tmp_path, [prefill], [decode], decode_max_concurrent=2) as router:
+        one, other = await both(router)
+        for connection in (one, one, other):
+            assert (await connection.ask("POST", COMPLETIONS, BODY))[0] == 200
+        decode.behave = hangs
+        for connection in (one, other):
+            await served(connection, decode)
+        waiting = await router.connect_to(router.workers()[1])
+        waiting.send("POST", COMPLETIONS, BODY)
+        asking = [await router.connect_to(worker) for worker in router.workers()]
+        await until(partial(has_queue, asking[0]))
+        for connection in asking:
+            shown = await dashboard(connection)
+            assert shown["processes"] == {"num": 2, "silent": 0}
+            requests = shown["requests"]
+            assert (requests["code"], requests["in_flight"]) == ({"200": 3}, 3)
+            assert sum(requests["series"]) == 3
+            assert shown["queues"]["decode"] == {"waiting": 1, "in_use": 2, "capacity": 2}
+            (whole,) = [stage for stage in shown["stages"] if stage["name"] == "request"]
+            assert whole["num"] == 3
+            in_flight = {each["url"]: each["in_flight"] for each in shown["instances"]}
+            assert in_flight == {prefill.url: 0, decode.url: 2}
+
+
+async def test_the_dashboard_tells_of_failures_that_another_worker_has_seen(
+    prefill: FakeInstance, start_instance: StartInstance, tmp_path: Path
+) -> None:
+    decode = await start_instance(drops)
+    options = {"breaker_failures": 1, "breaker_backoff_s": 3600.0}
+    async with running(tmp_path, [prefill], [decode], **options) as router:
+        one, other = await both(router)
+        assert (await one.ask("POST", COMPLETIONS, BODY))[0] >= 500
+        for connection in (one, other):
+            shown = await dashboard(connection)
+            (seen,) = [each for each in shown["instances"] if each["url"] == decode.url]
+            assert (seen["num_failed"], seen["breaker"], seen["accepting"]) == (1, "open", False)
+            assert shown["requests"]["num_errors"] == 1
+
+
+async def test_the_dashboard_says_which_part_of_the_router_is_missing(
+    prefill: FakeInstance, decode: FakeInstance, tmp_path: Path
+) -> None:
+    async with running(tmp_path, [prefill], [decode]) as router:
+        hung, _ = router.workers()
+        _, asking = await both(router)
+        os.kill(hung, signal.SIGSTOP)
+        assert (await dashboard(asking))["processes"] == {"num": 2, "silent": 1}
+        os.kill(hung, signal.SIGKILL)
+
+
+async def test_instances_that_come_and_go_by_any_worker_are_forgotten_by_all(
+    prefill: FakeInstance, decode: FakeInstance, admin: dict[str, Any], tmp_path: Path
+) -> None:
+    async with running(tmp_path, [prefill], [decode], **admin) as router:
+        one, other = await both(router)
+        for number in range(1, 21):
+            host = f"127.0.0.1:{number}"  # nobody listens there
+            spec = {"url": f"http://{host}", "role": "decode"}
+            assert (await one.ask("POST", "/admin/instances", spec, key=ADMIN))[0] == 201
+            path = f"/admin/instances/{host}"
+            assert (await other.ask("DELETE", path, key=ADMIN))[0] < 300
+        os.kill(router.workers()[0], signal.SIGKILL)
+        await until(lambda: router.num_served() == 3)
+        replacement = await router.connect_to(router.workers()[1])
+        for connection in (other, replacement):
+            assert (await states(connection)).keys() == {prefill.url, decode.url}
+
+
 async def test_a_drain_that_was_answered_holds_in_all_workers(
     prefill: FakeInstance,
     start_instance: StartInstance,
