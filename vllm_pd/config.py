@@ -195,6 +195,8 @@ class RouterConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         client_timeout_s: longest time for a client to send a body, and to take each part
             of a stream; a connection without a request is closed after once to twice that.
         max_body_len: largest request body, in bytes.
+        max_held_len: most bytes of request bodies that are held at the same time, by all
+            processes together.
         min_prefill_tokens: prompts with fewer tokens that the decode instance has not
             cached are prefilled there, if it has room; 0: none are. Lengths are estimates.
         max_local_prefill_tokens: largest number of uncached prompt tokens that a decode
@@ -247,6 +249,7 @@ class RouterConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     decode_idle_timeout_s: float = 600.0
     client_timeout_s: float = 60.0
     max_body_len: int = 64 * 1024 * 1024
+    max_held_len: int = 1024 * 1024 * 1024
     # The length from which a prefill leg pays depends on model and hardware, and decode
     # instances are sized for decoding: unless they are told to, they prefill nothing.
     min_prefill_tokens: int = 0
@@ -297,6 +300,11 @@ class RouterConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         )
         if self.max_queue < 0:
             raise ValueError(f"max_queue must not be negative, not {self.max_queue}")
+        if self.max_held_len < self.max_body_len:
+            raise ValueError(
+                f"max_held_len {self.max_held_len} is less than max_body_len {self.max_body_len}: "
+                "the largest body could never be read"
+            )
         for name in ("min_prefill_tokens", "max_local_prefill_tokens"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, not {getattr(self, name)}")

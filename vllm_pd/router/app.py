@@ -27,6 +27,7 @@ from vllm_pd.router.admin import Admin, AdminKey
 from vllm_pd.router.admission import Stage
 from vllm_pd.router.affinity import AffinityIndex
 from vllm_pd.router.api_keys import Access
+from vllm_pd.router.body_budget import BodyBudget
 from vllm_pd.router.dashboard import Dashboard, Sources
 from vllm_pd.router.describe import ControlLink
 from vllm_pd.router.handovers import HandoverWatch
@@ -301,7 +302,10 @@ async def _resources(app: web.Application) -> AsyncIterator[None]:
         pool.subscribe(lambda instance: index.forget(instance.base_url))
         pool.subscribe(lambda instance: handovers.forget(instance.base_url))
         stages = _stages(config, shared)
-        backend = Backend(pool, upstream, control, index, stages, app[ACCESS], app[RNG])
+        backend = Backend(
+            *(pool, upstream, control, index, stages, app[ACCESS], app[RNG]),
+            held=_held(config, app[METRICS], shared),
+        )
         app[POOL] = pool
         app[STAGES] = stages
         app[PROXY] = Proxy(backend, app[METRICS], config, tracer)
@@ -332,6 +336,13 @@ def _tracer(config: RouterConfig, stack: contextlib.AsyncExitStack) -> Tracer | 
     tracer = open_tracer(config.otlp_traces_endpoint)
     stack.push_async_callback(tracer.close)
     return tracer
+
+
+def _held(config: RouterConfig, metrics: Metrics, shared: Shared | None) -> BodyBudget:
+    row = None if shared is None else shared.row("held", "bodies")
+    held = BodyBudget(config.max_held_len, row=row)
+    metrics.add(held)
+    return held
 
 
 def _stages(config: RouterConfig, shared: Shared | None) -> dict[Role, Stage]:

@@ -80,7 +80,7 @@ def parse(raw: bytes) -> dict[str, Any] | None:
     return body
 
 
-def verbatim(raw: bytes, body: Body) -> Body:
+def verbatim(raw: bytes, body: dict[str, Any]) -> dict[str, Any]:
     """Return a parsed body with its values as the client wrote them, for ``dump``.
 
     Args:

@@ -13,6 +13,7 @@ from vllm_pd.router import body as bodies
 from vllm_pd.router import headers as http_headers
 from vllm_pd.router.affinity import Matches, Prompt
 from vllm_pd.router.api_keys import Client
+from vllm_pd.router.body_budget import Hold
 from vllm_pd.router.headers import PD_PATH
 from vllm_pd.router.instance import describe
 from vllm_pd.router.metrics import Outcome
@@ -31,6 +32,7 @@ class Call:
         outcome: how it goes, for the metrics.
         client: whose request it is.
         record: what others will know of it.
+        hold: what its body takes of the memory for bodies.
     """
 
     request: web.Request
@@ -39,14 +41,15 @@ class Call:
     outcome: Outcome
     client: Client
     record: Record
+    hold: Hold
 
     @classmethod
-    def begin(cls, request: web.Request, outcome: Outcome, client: Client) -> Self:
+    def begin(cls, request: web.Request, outcome: Outcome, client: Client, hold: Hold) -> Self:
         """Make the headers of a request's legs, and take note of whose it is."""
         record = Record.of(request)
         record.api_key = client.name or None
         leg_headers = http_headers.to_instance(request.headers, record.request_id)
-        return cls(request, record.request_id, leg_headers, outcome, client, record)
+        return cls(request, record.request_id, leg_headers, outcome, client, record, hold)
 
     @property
     def path(self) -> str:
@@ -69,10 +72,13 @@ class Call:
         Raises:
             web.HTTPRequestEntityTooLarge: it is longer than ``max_body_len`` bytes.
             RemoteProtocolError: it is damaged.
+            OverloadedError: there is no memory for it.
         """
         length = self.request.content_length
         if length is not None and length > max_body_len:
             raise web.HTTPRequestEntityTooLarge(max_body_len, length)
+        if length is not None:
+            self.hold.expect(length)
         parts: list[bytes] = []
         num_bytes = 0
         try:
@@ -81,6 +87,7 @@ class Call:
                 num_bytes += len(part)
                 if num_bytes > max_body_len:
                     raise web.HTTPRequestEntityTooLarge(max_body_len, num_bytes)
+                self.hold.grow(len(part))
         except web.RequestPayloadError as exc:
             raise RemoteProtocolError(f"the request body is damaged: {describe(exc)}") from exc
         self.record.request_len = num_bytes
@@ -99,8 +106,8 @@ class Job:
         priority: the lower, the earlier.
     """
 
-    body: bodies.Body
-    members: bodies.Body
+    body: dict[str, Any]
+    members: dict[str, Any]
     prompt: Prompt
     matches: Matches
     priority: int
@@ -108,3 +115,8 @@ class Job:
     def leg(self, kv_params: dict[str, Any] | None) -> bytes:
         """Return the body of the decode leg."""
         return bodies.dump(bodies.decode_body(self.members, asking(kv_params, self.body)))
+
+    def forget(self) -> None:
+        """Free the body: an instance has begun to answer, so no other one gets it."""
+        self.body.clear()
+        self.members.clear()

@@ -7,6 +7,7 @@ import contextlib
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import HistogramMetricFamily
@@ -19,6 +20,9 @@ from vllm_pd.router.spread import Spread
 from vllm_pd.router.timeline import Timeline
 from vllm_pd.router.usage import PromptDetails
 from vllm_pd.router.workers.merge import Page, page_of
+
+if TYPE_CHECKING:
+    from prometheus_client.registry import Collector
 
 _QUEUE_BUCKETS = (0.001, 0.01, 0.1, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)  # seconds
 _REQUEST_BUCKETS = (
@@ -192,6 +196,10 @@ class Metrics:
             registry=self._registry,
             buckets=_REQUEST_BUCKETS,
         )
+
+    def add(self, collector: Collector) -> None:
+        """Show metrics that somebody else keeps, too."""
+        self._registry.register(collector)
 
     @contextlib.contextmanager
     def request(self, endpoint: str) -> Iterator[Outcome]:

@@ -40,6 +40,7 @@ from vllm_pd.router import policy
 from vllm_pd.router.admission import Stage, priority_of
 from vllm_pd.router.affinity import NO_MATCHES, AffinityIndex, read_prompt, session_of
 from vllm_pd.router.api_keys import Access, unauthorized_response
+from vllm_pd.router.body_budget import BodyBudget
 from vllm_pd.router.call import Call, Job
 from vllm_pd.router.decode import DecodeLegs, Opened, error_answer, failure_of, plain_answer
 from vllm_pd.router.describe import ControlLink
@@ -80,6 +81,7 @@ class Backend:
         stages: who may use them, by role.
         access: the clients' keys.
         rng: decides between instances that are equal.
+        held: memory for the bodies of requests.
     """
 
     pool: InstancePool
@@ -89,6 +91,7 @@ class Backend:
     stages: Mapping[Role, Stage]
     access: Access
     rng: random.Random
+    held: BodyBudget
 
 
 class Proxy:
@@ -110,6 +113,7 @@ class Proxy:
         self._tracer = tracer
         self._config = config
         self._rng = backend.rng
+        self._held = backend.held
 
     async def generate(self, request: web.Request) -> web.StreamResponse:
         """Serve a completion, chat completion or response, prefill-first."""
@@ -143,7 +147,7 @@ class Proxy:
         if client is None:
             outcome.code, record.error = 401, "no API key, or an unknown one"
             return unauthorized_response()
-        call = Call.begin(request, outcome, client)
+        call = Call.begin(request, outcome, client, self._held.hold())
         self._access.authorize(call.headers)
         try:
             with client.request():
@@ -158,6 +162,8 @@ class Proxy:
             return error_answer(call, 429, str(exc), headers)
         except NoInstanceError as exc:
             return error_answer(call, 503, str(exc))
+        finally:
+            call.hold.release()
 
     async def _forward(self, call: Call) -> web.StreamResponse:
         raw = await self._read(call) if call.request.body_exists else None
@@ -176,6 +182,7 @@ class Proxy:
                 self._note_decode_only(call, "invalid_body")
                 return await self._decode(call, raw, Work(num_sequences=1))
         job = self._job(call, raw, body)
+        del raw, body  # the job has all of it, until it forgets
         async with self._slot(Role.DECODE, call, job.priority):
             return await self._serve(call, job)
 
@@ -321,6 +328,7 @@ class Proxy:
                 self._note_refusal(opened, result)
                 with opened:
                     self._metrics.note_first_bytes(call.outcome, streamed=opened.answer.streamed)
+                    _let_go(call, job)
                     return await self._decode_legs.relay(call, opened, result.details)
             return await self._decode(
                 call, job.leg(result.kv_params), _work(job), job=job, prefilled=result
@@ -397,6 +405,8 @@ class Proxy:
                     continue
                 self._note_refusal(opened, prefilled)
                 self._metrics.note_first_bytes(call.outcome, streamed=opened.answer.streamed)
+                del leg
+                _let_go(call, job)
                 return await self._decode_legs.relay(call, opened, details)
         if prefilled is not None:
             self._release(prefilled.instance, str(prefilled.kv_params.get("transfer_id")))
@@ -507,6 +517,13 @@ def _close_unwanted(task: asyncio.Task[Opened]) -> None:
     """End an answer that came although its leg was given up."""
     if not task.cancelled() and task.exception() is None:
         task.result().close()
+
+
+def _let_go(call: Call, job: Job | None) -> None:
+    """Free a body that no other instance will get, as one has begun to answer."""
+    if job is not None:
+        job.forget()
+        call.hold.release()
 
 
 def _uncached(job: Job, instance: Instance) -> int:

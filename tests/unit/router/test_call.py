@@ -12,6 +12,7 @@ from multidict import CIMultiDict
 
 from vllm_pd.errors import RemoteProtocolError
 from vllm_pd.router.api_keys import Access
+from vllm_pd.router.body_budget import BodyBudget
 from vllm_pd.router.call import Call
 from vllm_pd.router.metrics import Outcome
 from vllm_pd.router.record import Record
@@ -32,7 +33,8 @@ def request_of(body: StreamReader) -> web.Request:
 def call(request_of: web.Request) -> Call:
     client = Access(None, None).client_of({})
     assert client is not None
-    return Call(request_of, "r-1", CIMultiDict(), Outcome(), client, Record("r-1"))
+    hold = BodyBudget(1000).hold()
+    return Call(request_of, "r-1", CIMultiDict(), Outcome(), client, Record("r-1"), hold)
 
 
 async def test_body_is_read_whole(call: Call, body: StreamReader) -> None:
