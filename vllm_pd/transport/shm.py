@@ -23,38 +23,22 @@ Instead of Copied the consumer may answer Abandoned.
 from __future__ import annotations
 
 import logging
-import os
 import queue
-import secrets
 import socket
-import struct
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import msgspec
 
 from vllm_pd.config import Digests
-from vllm_pd.errors import (
-    DigestMismatchError,
-    RemoteProtocolError,
-    TransferError,
-    TransportUnavailableError,
-)
-from vllm_pd.transport import memory
-from vllm_pd.transport.base import (
-    Heads,
-    KVRegion,
-    TransferOutcome,
-    TransportOptions,
-    merge_runs,
-)
-from vllm_pd.transport.chunks import Chunk, Piece, slice_len, spans_of_chunk
-from vllm_pd.transport.copying import CopyJob, Part, Spans
+from vllm_pd.errors import DigestMismatchError, RemoteProtocolError, TransferError
+from vllm_pd.transport import unix
+from vllm_pd.transport.base import KVRegion, TransferOutcome, TransportOptions
+from vllm_pd.transport.chunks import slice_len
+from vllm_pd.transport.copying import CopyJob, Part
 from vllm_pd.transport.digests import choose_pieces
 from vllm_pd.transport.host import HostTransport
 from vllm_pd.transport.ledger import Posted
-from vllm_pd.transport.link import MAX_FDS
 from vllm_pd.transport.links import Direction, Endpoint, LinkEvent, LinkPool
 from vllm_pd.transport.shm_frames import (
     Abandoned,
@@ -63,22 +47,17 @@ from vllm_pd.transport.shm_frames import (
     Copied,
     Memory,
     Ready,
-    RegionInfo,
     Vouched,
-    check_pieces,
     check_ready,
-    check_region,
-    covers_all,
     decode,
 )
-from vllm_pd.transport.sources import MappedSource, ProcessSource, Source
+from vllm_pd.transport.shm_memory import OfferedMemory, open_source
+from vllm_pd.transport.shm_plan import plan_copy, spans_of_pieces
+from vllm_pd.transport.sources import Source
 from vllm_pd.transport.threads import name_this_thread
 from vllm_pd.transport.wakeup import Wakeup
 
 logger = logging.getLogger(__name__)
-
-_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
-_UCRED = struct.Struct("3i")  # pid, uid, gid of SO_PEERCRED
 
 
 class ShmTransport(HostTransport):
@@ -87,21 +66,13 @@ class ShmTransport(HostTransport):
     name = "shm"
 
     def __init__(self, options: TransportOptions) -> None:
-        self._address = f"vllm-pd-{secrets.token_hex(16)}"
-        try:
-            self._scope = f"{_BOOT_ID.read_text().strip()}:{os.getuid()}"
-            listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-            listener.bind(f"\0{self._address}")
-            listener.listen(64)
-        except OSError as exc:
-            raise TransportUnavailableError(f"abstract Unix sockets: {exc}") from exc
+        self._scope = unix.scope()
+        listener, self._address = unix.listen()
         super().__init__(
-            LinkPool(self.name, listener, _connect, check_peer=_check_same_user, takes_fds=True)
+            LinkPool(self.name, listener, _connect, check_peer=unix.check_same_user, takes_fds=True)
         )
         self._options = options
-        self._refusal = ""  # why the pages are not shared
-        self._spans: list[memory.SharedSpan] = []
-        self._outside: dict[tuple[int, int], list[tuple[int, int]]] = {}
+        self._memory: OfferedMemory | None = None
         self._sources: dict[str, Source] = {}
         self._gone: list[Source] = []  # of lost peers, while a copy may read them
         self._ready: dict[tuple[str, int], Ready] = {}
@@ -118,44 +89,15 @@ class ShmTransport(HostTransport):
 
     def register_regions(self, regions: Sequence[KVRegion]) -> None:  # noqa: D102
         super().register_regions(regions)
-        spans = memory.join_spans((r.addr, r.num_blocks * r.block_len) for r in regions)
-        try:
-            self._share([memory.page_interior(*span) for span in spans])
-        except TransportUnavailableError as exc:
-            self._refusal = str(exc)
-            logger.warning("shm: peers read this process instead of shared pages: %s", exc)
-            self._close_spans()
-            memory.allow_reading()
-        else:
-            self._outside = _find_outside(self._regions, self._spans)
-            self._lock_spans()
-
-    def _lock_spans(self) -> None:
-        try:
-            for span in self._spans:
-                memory.lock_pages(span.addr, span.num_bytes)
-        except OSError as exc:
-            logger.info(
-                "shm: the KV cache is not locked into memory: %s. Where the kernel reclaims idle "
-                "memory, copies after a pause are slower; raise the limit with `ulimit -l` or, "
-                "in a container, `--ulimit memlock=-1`",
-                exc.strerror,
-            )
-
-    def _share(self, spans: Sequence[tuple[int, int]]) -> None:
-        if not self._options.shares_pages:
-            raise TransportUnavailableError("sharing pages is switched off")
-        if len(spans) > MAX_FDS:
-            raise TransportUnavailableError(
-                f"the KV cache is in {len(spans)} places, and no more than {MAX_FDS} can be shared"
-            )
-        for addr, num_bytes in spans:
-            if num_bytes:
-                self._spans.append(memory.share_pages(addr, num_bytes))
+        self._memory = OfferedMemory(self._regions, shares_pages=self._options.shares_pages)
 
     @property
     def mode(self) -> tuple[str, str]:  # noqa: D102
         return ("process_vm_readv", self._refusal) if self._refusal else ("memfd", "")
+
+    @property
+    def _refusal(self) -> str:
+        return self._memory.refusal if self._memory is not None else ""
 
     def local_endpoint(self) -> bytes:  # noqa: D102
         address = f"{self._address}|{self._regions[0].addr:x}" if self._refusal else self._address
@@ -170,7 +112,7 @@ class ShmTransport(HostTransport):
             addr = _split_address(parsed.address)[1]
             with _connect(parsed) as sock:
                 if addr is not None:
-                    _probe(_credentials(sock)[0], addr)
+                    unix.check_readable(unix.pid_of_peer(sock), addr)
         except (OSError, ValueError) as exc:
             logger.info("shm: cannot reach the peer: %s", exc)
             return False
@@ -192,13 +134,9 @@ class ShmTransport(HostTransport):
         self._collect()
         for peer_id in list(self._sources):
             self._forget(peer_id, Direction.RECEIVING)
-        self._close_spans()
+        if self._memory is not None:
+            self._memory.close()
         self._wake.close()
-
-    def _close_spans(self) -> None:
-        for span in self._spans:
-            os.close(span.fd)
-        self._spans.clear()
 
     def _handle_frame(self, event: LinkEvent, frame: bytes) -> None:
         decoded = decode(frame)
@@ -285,29 +223,19 @@ class ShmTransport(HostTransport):
     # Producer's half
 
     def _handle_link_up(self, peer_id: str) -> None:
-        frame = Memory(
-            spans=tuple((span.addr, span.num_bytes) for span in self._spans),
-            regions=tuple(
-                RegionInfo(r.addr, r.num_blocks, r.block_len, r.num_rows, r.num_heads)
-                for r in self._regions
-            ),
-        )
-        fds = [span.fd for span in self._spans]
+        assert self._memory is not None
+        frame, fds = self._memory.announcement()
         self._links.send(peer_id, Direction.SENDING, msgspec.msgpack.encode(frame), fds=fds)
 
     def _start_sending(self, posted: Posted) -> None:
         lens = [slice_len(region, posted.heads) for region in self._regions]
         pieces = choose_pieces(posted.digests, lens, len(posted.block_ids))
-        inline = []
-        for index in range(len(self._regions)) if self._outside else ():
-            for block_id in posted.block_ids:
-                for addr, length in self._outside.get((index, block_id), ()):
-                    inline.append((addr, bytes(memory.view(addr, length))))
+        assert self._memory is not None
         ready = Ready(
             transfer_id=posted.transfer_id,
             block_ids=tuple(posted.block_ids),
             heads=posted.heads,
-            inline=tuple(inline),
+            inline=self._memory.inline(posted.block_ids),
             vouched=tuple((piece.region, piece.first, piece.num_blocks) for piece in pieces),
             is_complete=posted.digests is Digests.ALWAYS,
         )
@@ -315,7 +243,7 @@ class ShmTransport(HostTransport):
         if not pieces:
             return
         job = CopyJob(posted, None, self._finish_job)
-        job.parts.append(Part([], self._spans_of(posted, pieces)))
+        job.parts.append(Part([], spans_of_pieces(pieces, self._regions, posted)))
         if posted.digests is Digests.ALWAYS:
             self._start_job(job)
         else:  # too little to bother a thread with
@@ -330,42 +258,19 @@ class ShmTransport(HostTransport):
         digests = tuple(job.digests[i] for i in range(len(job.digests)))
         self._send(posted, Vouched(transfer_id=posted.transfer_id, digests=digests))
 
-    def _spans_of(self, posted: Posted, pieces: Sequence[Piece]) -> dict[int, Spans]:
-        """Return where the bytes of pieces are here, by their index."""
-        return {
-            i: spans_of_chunk(self._regions, Chunk((piece,), 0), posted.block_ids, posted.heads)
-            for i, piece in enumerate(pieces)
-        }
-
     # Consumer's half
 
     def _open_source(self, peer_id: str, frame: Memory) -> None:
         link = self._links.link(peer_id, Direction.RECEIVING)
         if link is None or peer_id in self._sources:
             raise RemoteProtocolError("memory announced twice")
-        if len(link.received_fds) != len(frame.spans):
-            raise RemoteProtocolError(f"{len(link.received_fds)} descriptors for {frame.spans}")
-        regions = [check_region(*pair) for pair in zip(self._regions, frame.regions, strict=False)]
-        if len(regions) != len(self._regions) or len(regions) != len(frame.regions):
-            raise RemoteProtocolError(f"the peer has {len(frame.regions)} regions")
-        spans = []
+        assert isinstance(link.raw, socket.socket)
         try:
-            for (addr, num_bytes), fd in zip(frame.spans, link.received_fds, strict=True):
-                spans.append(memory.map_span(addr, num_bytes, fd))
-        except OSError as exc:
-            logger.warning("shm: reading the peer's process, not its shared pages: %s", exc)
-            for span in spans:
-                memory.unmap_span(span)
-            spans = []
+            self._sources[peer_id] = open_source(
+                self._regions, frame, link.received_fds, unix.pid_of_peer(link.raw)
+            )
         finally:
             link.close_received_fds()
-        if spans:
-            self._sources[peer_id] = MappedSource(regions, spans)
-        else:
-            assert isinstance(link.raw, socket.socket)
-            pid = _credentials(link.raw)[0]
-            _probe(pid, regions[0].addr)
-            self._sources[peer_id] = ProcessSource(regions, pid)
 
     def _start_receiving(self, posted: Posted) -> None:
         key = posted.peer_id, posted.transfer_id
@@ -378,65 +283,19 @@ class ShmTransport(HostTransport):
         if posted.is_busy or posted.is_copied or key in self._copied:
             raise RemoteProtocolError(f"transfer {posted.transfer_id} announced twice")
         check_ready(ready, posted, source, min(region.num_heads for region in self._regions))
-        job = CopyJob(posted, source, self._finish_job, self._options.on_received)
-        self._plan(job, ready)
-        job.num_threads = max(1, min(self._options.num_copy_threads, len(job.parts)))
+        num_threads = self._options.num_copy_threads
+        plan = plan_copy(posted, ready, source, self._regions, num_threads=num_threads)
+        job = CopyJob(
+            posted,
+            source,
+            self._finish_job,
+            self._options.on_received,
+            parts=plan.parts,
+            hashed_last=plan.hashed_last,
+            keep=plan.keep,
+            num_threads=max(1, min(num_threads, len(plan.parts))),
+        )
         self._start_job(job)
-
-    def _plan(self, job: CopyJob, ready: Ready) -> None:
-        """Turn blocks into address ranges; in parts for several threads or digests."""
-        posted = job.posted
-        assert job.source is not None
-        pieces = [Piece(*piece) for piece in ready.vouched]
-        check_pieces(pieces, len(self._regions), len(posted.block_ids))
-        hashed = self._spans_of(posted, pieces)
-        inline = dict(ready.inline)
-        is_complete = ready.is_complete and covers_all(
-            pieces, len(self._regions), len(posted.block_ids)
-        )
-        enough = {
-            Digests.OFF: True,
-            Digests.SAMPLED: bool(pieces),
-            Digests.ALWAYS: is_complete,
-        }
-        if not enough[posted.digests]:
-            raise RemoteProtocolError(f"the producer vouches for less than {posted.digests.value}")
-        if is_complete:
-            for i, piece in enumerate(pieces):  # hash while it is in the cache
-                part = Part([], {i: hashed[i]})
-                place = slice(piece.first, piece.first + piece.num_blocks)
-                runs = merge_runs(ready.block_ids[place], posted.block_ids[place])
-                self._plan_region(job, part, piece.region, runs, (ready.heads, inline))
-                job.parts.append(part)
-            return
-        runs = merge_runs(ready.block_ids, posted.block_ids)
-        stacked = None
-        if posted.heads is None and ready.heads is None:
-            stacked = job.source.plan_stack(self._regions, runs)
-        if stacked is not None:
-            moves, stack, runs = stacked
-            job.parts += Part(moves, {}, stack).split(self._options.num_copy_threads)
-        whole = Part([], {})
-        for index in range(len(self._regions)) if runs else ():
-            self._plan_region(job, whole, index, runs, (ready.heads, inline))
-        job.parts += whole.split(self._options.num_copy_threads)
-        job.hashed_last = hashed
-
-    def _plan_region(
-        self,
-        job: CopyJob,
-        part: Part,
-        index: int,
-        runs: Sequence[tuple[int, int, int]],
-        theirs: tuple[Heads | None, dict[int, bytes]],
-    ) -> None:
-        assert job.source is not None
-        heads, inline = theirs
-        moves, keep = job.source.plan(
-            index, self._regions[index], runs, (job.posted.heads, heads), inline
-        )
-        part.moves.extend(moves)
-        job.keep += keep
 
     def _settle(self, peer_id: str, transfer_id: int) -> None:
         """Tell the producer of a copy, once the digests for it are here."""
@@ -480,77 +339,8 @@ class ShmTransport(HostTransport):
             source.close()
 
 
-def _probe(pid: int, addr: int) -> None:
-    """Try to read one byte of a process.
-
-    Raises:
-        OSError: the kernel refuses, or does not know the process.
-    """
-    byte = bytearray(1)
-    memory.read_process(pid, [(memory.address_of(byte), addr, 1)])
-
-
-def _find_outside(
-    regions: Sequence[KVRegion], spans: Sequence[memory.SharedSpan]
-) -> dict[tuple[int, int], list[tuple[int, int]]]:
-    """Return the parts of blocks that no span covers, by region index and block id.
-
-    Spans cover whole pages, so this is at most a page at each end of a span, or
-    everything where the regions are smaller than a page.
-    """
-    outside: dict[tuple[int, int], list[tuple[int, int]]] = {}
-    for index, region in enumerate(regions):
-        end = region.addr + region.num_blocks * region.block_len
-        for first, last in _gaps(region.addr, end, spans):
-            for block_id in range(
-                (first - region.addr) // region.block_len,
-                (last - 1 - region.addr) // region.block_len + 1,
-            ):
-                start = region.addr + block_id * region.block_len
-                lo, hi = max(first, start), min(last, start + region.block_len)
-                outside.setdefault((index, block_id), []).append((lo, hi - lo))
-    return outside
-
-
-def _gaps(first: int, last: int, spans: Sequence[memory.SharedSpan]) -> list[tuple[int, int]]:
-    gaps = []
-    for span in sorted(spans, key=lambda s: s.addr):
-        if span.addr + span.num_bytes <= first or span.addr >= last:
-            continue
-        if span.addr > first:
-            gaps.append((first, span.addr))
-        first = max(first, span.addr + span.num_bytes)
-    if first < last:
-        gaps.append((first, last))
-    return gaps
-
-
 def _connect(endpoint: Endpoint) -> socket.socket:
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
-    try:
-        sock.connect(f"\0{_split_address(endpoint.address)[0]}")
-        _check_same_user(sock)
-    except OSError:
-        sock.close()
-        raise
-    return sock
-
-
-def _check_same_user(sock: socket.socket) -> None:
-    """Refuse the other end of a Unix socket if another user runs it.
-
-    Raises:
-        PermissionError: it is another user's.
-    """
-    if (uid := _credentials(sock)[1]) != os.getuid():
-        raise PermissionError(f"the other end belongs to user id {uid}")
-
-
-def _credentials(sock: socket.socket) -> tuple[int, int, int]:
-    """Return pid, uid and gid of whoever runs the other end, as the kernel knows them."""
-    credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
-    pid, uid, gid = _UCRED.unpack(credentials)
-    return pid, uid, gid
+    return unix.connect(_split_address(endpoint.address)[0])
 
 
 def _split_address(address: str) -> tuple[str, int | None]:
