@@ -8,6 +8,7 @@ own monotonic clock.
 from __future__ import annotations
 
 import enum
+import heapq
 import math
 from collections import Counter, OrderedDict
 from collections.abc import Sequence
@@ -107,6 +108,7 @@ class _Lease:
     num_reading: int = 0
     is_fetched: bool = False
     is_released: bool = False
+    is_timed: bool = False  # there is an entry in the table's heap of deadlines
 
 
 @dataclass(slots=True)
@@ -122,13 +124,16 @@ class LeaseTable:
         max_lease_s: how long renewals can make it last, from its grant.
         num_remembered: ended transfer ids that are still told apart from unknown ones.
         num_ended: leases that are over, by reason.
+        num_blocks: blocks that are held for consumers.
     """
 
     lease_s: float
     max_lease_s: float = math.inf
     num_remembered: int = 4096
     num_ended: Counter[LeaseEnd] = field(default_factory=Counter)
+    num_blocks: int = 0
     _leases: dict[str, _Lease] = field(default_factory=dict)
+    _deadlines: list[tuple[float, str]] = field(default_factory=list)  # a heap
     _ended: OrderedDict[str, None] = field(default_factory=OrderedDict)
     _unwanted: OrderedDict[str, None] = field(default_factory=OrderedDict)  # before their grant
 
@@ -137,11 +142,6 @@ class LeaseTable:
 
     def __contains__(self, transfer_id: str) -> bool:
         return transfer_id in self._leases
-
-    @property
-    def num_blocks(self) -> int:
-        """Blocks that are held for consumers."""
-        return sum(len(lease.block_ids) for lease in self._leases.values())
 
     def has_ended(self, transfer_id: str) -> bool:
         """Return whether this transfer id held a lease that is over."""
@@ -166,13 +166,15 @@ class LeaseTable:
         self._ended.pop(transfer_id, None)
         is_unwanted = transfer_id in self._unwanted
         self._unwanted.pop(transfer_id, None)
-        self._leases[transfer_id] = _Lease(
+        lease = self._leases[transfer_id] = _Lease(
             request_id,
             tuple(block_ids),
             now + min(self.lease_s, self.max_lease_s),
             now + self.max_lease_s,
             prompt_digest,
         )
+        self.num_blocks += len(lease.block_ids)
+        self._time(transfer_id, lease)
         return self._end(transfer_id, LeaseEnd.RELEASED) if is_unwanted else None
 
     def renew(self, transfer_id: str, now: float) -> None:
@@ -240,7 +242,10 @@ class LeaseTable:
             return None
         if lease.is_fetched:
             return self._end(transfer_id, LeaseEnd.FETCHED)
-        return self._end(transfer_id, LeaseEnd.RELEASED) if lease.is_released else None
+        if lease.is_released:
+            return self._end(transfer_id, LeaseEnd.RELEASED)
+        self._time(transfer_id, lease)
+        return None
 
     def release(self, transfer_id: str) -> str | None:
         """End a lease early; return the request id to free now, if any.
@@ -260,25 +265,41 @@ class LeaseTable:
 
     def expire(self, now: float) -> list[str]:
         """End overdue leases that nobody is reading; return their request ids."""
-        overdue = [
-            transfer_id
-            for transfer_id, lease in self._leases.items()
-            if lease.expires_at <= now and not lease.num_reading
-        ]
-        return [self._end(transfer_id, LeaseEnd.EXPIRED) for transfer_id in overdue]
+        ended = []
+        while (expiry := self.next_expiry()) is not None and expiry <= now:
+            ended.append(self._end(self._deadlines[0][1], LeaseEnd.EXPIRED))
+        return ended
 
     def next_expiry(self) -> float | None:
-        """Return when the next lease that nobody reads is overdue."""
-        return min(
-            (lease.expires_at for lease in self._leases.values() if not lease.num_reading),
-            default=None,
-        )
+        """Return when the next lease that nobody reads is overdue.
+
+        Takes no longer for many leases: it is asked for whenever anything happens.
+        """
+        while self._deadlines:
+            deadline, transfer_id = self._deadlines[0]
+            lease = self._leases.get(transfer_id)
+            if lease is not None and not lease.num_reading and lease.expires_at <= deadline:
+                return lease.expires_at
+            heapq.heappop(self._deadlines)  # over, being read, or renewed since
+            if lease is not None:
+                lease.is_timed = False
+                if not lease.num_reading:
+                    self._time(transfer_id, lease)
+        return None
+
+    def _time(self, transfer_id: str, lease: _Lease) -> None:
+        """Have an entry for a lease; it may be too early, but never too late."""
+        if not lease.is_timed:
+            lease.is_timed = True
+            heapq.heappush(self._deadlines, (lease.expires_at, transfer_id))
 
     def _end(self, transfer_id: str, reason: LeaseEnd) -> str:
         self.num_ended[reason] += 1
         self._ended[transfer_id] = None
         _shrink(self._ended, self.num_remembered)
-        return self._leases.pop(transfer_id).request_id
+        lease = self._leases.pop(transfer_id)
+        self.num_blocks -= len(lease.block_ids)
+        return lease.request_id
 
 
 def _shrink(ids: OrderedDict[str, None], most: int) -> None:
