@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import logging
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from functools import partial
 
 from vllm_pd.config import ConnectorConfig
@@ -110,13 +110,20 @@ class Consumer:
                 if part.fetch.request_id == request_id:
                     self._guard(session, now, partial(self._give_up, session, part, now, error))
 
-    def poll(self, now: float) -> None:
-        """Handle what arrived on the sessions, and losses of peers."""
+    def poll(self, now: float, ready: Container[object] | None = None) -> None:
+        """Handle what arrived on the sessions, and losses of peers.
+
+        Args:
+            now: the time.
+            ready: what a poller found readable, of ``clients``; None: look at all.
+        """
         for engine in self._directory:
-            if engine.client is not None:
+            client = engine.client
+            if client is not None and (ready is None or client.is_ready(ready)):
                 self._take_description(engine, now)
         for session in self._sessions():
-            self._guard(session, now, partial(self._drain, session, now))
+            if ready is None or session.client.is_ready(ready):
+                self._guard(session, now, partial(self._drain, session, now))
 
     def end_transfer(self, outcome: TransferOutcome, now: float) -> bool:
         """Take note of a transport's outcome; return whether it was one of ours."""

@@ -242,8 +242,8 @@ class SessionManager:
         name_this_thread("session")
         while not self._closing:
             try:
-                self._wait()
-                self._step(time.monotonic())
+                ready = self._wait()
+                self._step(time.monotonic(), ready)
             except Exception:
                 # A bug must not leave requests waiting for ever: fail what runs, go on.
                 logger.exception("session thread: failing all fetches after an error")
@@ -260,8 +260,12 @@ class SessionManager:
         except Exception:
             logger.exception("session thread: error while failing fetches")
 
-    def _wait(self) -> None:
-        """Sleep until a socket, a transport, a command or a deadline needs attention."""
+    def _wait(self) -> set[object]:
+        """Sleep until a socket, a transport, a command or a deadline needs attention.
+
+        Returns:
+            What is readable: sockets and descriptors.
+        """
         if self._polled_changes != self._consumer.num_changes:
             self._polled_changes = self._consumer.num_changes
             self._poller = zmq.Poller()
@@ -278,15 +282,17 @@ class SessionManager:
         timeout_ms = None
         if times:
             timeout_ms = max(0, int((min(times) - time.monotonic()) * 1000) + 1)
-        self._poller.poll(timeout_ms)
+        return {ready for ready, _ in self._poller.poll(timeout_ms)}
 
-    def _step(self, now: float) -> None:
-        self._wake.clear()
+    def _step(self, now: float, ready: set[object]) -> None:
+        if self._wake.fileno() in ready:
+            self._wake.clear()
         while self._commands:
             self._commands.popleft()(now)
-        for identity, message in self._server.receive_some():
-            self._producer.handle(identity, message, now)
-        self._consumer.poll(now)
+        if self._server.is_ready(ready):
+            for identity, message in self._server.receive_some():
+                self._producer.handle(identity, message, now)
+        self._consumer.poll(now, ready)
         self._producer.expire(now)
         self._consumer.expire(now)
         # Last, because all of the above may have posted or failed transfers.
