@@ -11,7 +11,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
+import numpy as np
+import numpy.typing as npt
+
 from vllm_pd.transport.base import Heads, KVRegion
+from vllm_pd.transport.scatter import Scatter
 
 Move: TypeAlias = tuple[int, int, int]
 """``(dst, src, num_bytes)``, addresses of one process each."""
@@ -107,6 +111,37 @@ def spans_of_chunk(
         for piece in chunk.pieces
         for offset, length in spans_of_piece(regions[piece.region], piece, block_ids, heads)
     ]
+
+
+def scatter_of_chunk(
+    regions: Sequence[KVRegion],
+    chunk: Chunk,
+    block_ids: npt.NDArray[np.int64],
+    heads: Heads | None,
+) -> Scatter:
+    """Return the same places for many blocks at once; the memory is the regions'."""
+    places = [
+        _places(regions[p.region], block_ids[p.first : p.first + p.num_blocks], heads)
+        for p in chunk.pieces
+    ]
+    addrs = np.concatenate([piece_addrs for piece_addrs, _ in places])
+    lens = np.repeat([length for _, length in places], [len(found) for found, _ in places])
+    is_first = np.ones(len(addrs), bool)
+    np.not_equal(addrs[1:], addrs[:-1] + lens[:-1], out=is_first[1:])
+    (firsts,) = np.nonzero(is_first)
+    return Scatter(np.stack([addrs[firsts], np.add.reduceat(lens, firsts)], axis=1))
+
+
+def _places(
+    region: KVRegion, block_ids: npt.NDArray[np.int64], heads: Heads | None
+) -> tuple[npt.NDArray[np.int64], int]:
+    """Return the addresses of some heads of blocks, row by row, and how long each is."""
+    addrs = block_ids * region.block_len + region.addr
+    if heads is None:
+        return addrs, region.block_len
+    first, count = heads
+    rows = np.arange(region.num_rows) * region.row_len + first * region.head_len
+    return (addrs[:, np.newaxis] + rows).ravel(), count * region.head_len
 
 
 def spans_of_piece(

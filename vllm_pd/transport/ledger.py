@@ -9,6 +9,9 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
+
 from vllm_pd.config import Digests
 from vllm_pd.errors import LocalProtocolError, TransferError
 from vllm_pd.transport.base import Heads, TransferOutcome
@@ -48,6 +51,14 @@ class Posted:
     error: TransferError | None = None
     verify_s: float = 0.0
     unseen_s: float = 0.0
+    _block_array: npt.NDArray[np.int64] | None = None
+
+    @property
+    def block_array(self) -> npt.NDArray[np.int64]:
+        """``block_ids`` as an array."""
+        if self._block_array is None:
+            self._block_array = np.array(self.block_ids, np.int64)
+        return self._block_array
 
 
 class Ledger:

@@ -6,29 +6,24 @@ does, straight from or into registered memory.
 
 from __future__ import annotations
 
-import bisect
 import contextlib
 import enum
-import itertools
-import operator
 import os
 import socket
 import struct
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from vllm_pd.errors import LocalProtocolError, RemoteProtocolError
+from vllm_pd.transport.scatter import Scatter, ScatterQueue
 from vllm_pd.transport.tls import TlsSocket
 
 MAX_FDS = 253
 """Most descriptors that the kernel lets travel with one message."""
 
-_MAX_IOV = 512
-_SEND_LEN = 4 * 1024 * 1024  # a peer that keeps up lets a socket take it all
-_RECEIVE_LEN = 512 * 1024  # a socket's buffer holds little more, and each part costs time
+_TLS_LEN = 512 * 1024  # about as much as TLS encrypts or decrypts in one call
 _READ_BUDGET = 64 * 1024 * 1024  # bytes per poll and link, so that no peer starves the others
 _HEADER = struct.Struct("!I")
-_NUM_BYTES = operator.attrgetter("nbytes")
 
 
 class Mark(enum.Enum):
@@ -51,57 +46,8 @@ class Outgoing:
     """
 
     frame: bytes
-    payload: Sequence[memoryview] = ()
+    payload: Scatter | None = None
     on_sent: Callable[[], None] | None = None
-
-
-class _Parts:
-    """Memory to send or to fill, in order; what is done is cut off at the front.
-
-    A chunk of small blocks has hundreds of parts, and every system call takes a few of
-    them, so each call must not look at all.
-    """
-
-    def __init__(self) -> None:
-        self._parts: list[memoryview] = []
-        self._ends: list[int] = []  # of the parts, in bytes from the first
-        self._next = 0
-        self._done = 0  # bytes
-
-    def __bool__(self) -> bool:
-        return self._next < len(self._parts)
-
-    def append(self, part: memoryview) -> None:
-        """Add memory at the end; of no length it is left out."""
-        self.extend((part,))
-
-    def extend(self, parts: Iterable[memoryview]) -> None:
-        """Add memory at the end."""
-        if self._next == len(self._parts):
-            self.clear()
-        added = [part for part in parts if part.nbytes]
-        end = self._ends[-1] if self._ends else 0
-        ends = itertools.accumulate(map(_NUM_BYTES, added), initial=end)
-        self._ends += itertools.islice(ends, 1, None)
-        self._parts += added
-
-    def first(self, num_bytes: int) -> list[memoryview]:
-        """Return about as much for one system call."""
-        last = bisect.bisect_left(self._ends, self._done + num_bytes, self._next)
-        return self._parts[self._next : min(last + 1, self._next + _MAX_IOV)]
-
-    def consume(self, num_bytes: int) -> None:
-        """Cut bytes off at the front."""
-        self._done += num_bytes
-        self._next = bisect.bisect_right(self._ends, self._done, self._next)
-        if self._next < len(self._parts) and (rest := self._ends[self._next] - self._done):
-            part = self._parts[self._next]
-            self._parts[self._next] = part[part.nbytes - rest :]
-
-    def clear(self) -> None:
-        """Forget everything."""
-        self._parts, self._ends = [], []
-        self._next = self._done = 0
 
 
 class Link:
@@ -127,12 +73,12 @@ class Link:
         self.paused = False
         self.received_fds: list[int] = []
         self.feed: Callable[[], Outgoing | None] | None = None
-        self._out = _Parts()
+        self._out = ScatterQueue()
         self._on_sent: Callable[[], None] | None = None
         self._in = bytearray()
         self._wanted = _HEADER.size
         self._in_header = True
-        self._payload = _Parts()
+        self._payload = ScatterQueue()
         self._payload_ended = False
 
     @property
@@ -164,8 +110,16 @@ class Link:
 
     def send_frame(self, frame: bytes) -> None:
         """Queue a frame."""
-        self._out.append(memoryview(_HEADER.pack(len(frame)) + frame))
+        self._queue_frame(frame)
         self.flush()
+
+    def _queue_frame(self, frame: bytes) -> None:
+        data = _HEADER.pack(len(frame)) + frame
+        if isinstance(self._sock, socket.socket) and not self._out:
+            with contextlib.suppress(BlockingIOError):  # mostly all of it goes at once
+                data = data[self._sock.send(data) :]
+        if data:
+            self._out.append(Scatter.of(data))
 
     def send_frame_with_fds(self, frame: bytes, fds: Sequence[int]) -> None:
         """Send the first frame of a Unix link together with descriptors."""
@@ -174,17 +128,19 @@ class Link:
         data = _HEADER.pack(len(frame)) + frame
         sent = socket.send_fds(self._sock, [data], list(fds)) if fds else 0
         if sent < len(data):
-            self._out.append(memoryview(data)[sent:])
+            self._out.append(Scatter.of(data[sent:]))
             self.flush()
 
     def flush(self) -> None:
         """Send as much as the socket takes now, first what is queued, then from the feed."""
         while self._out or self._take_from_feed():
             try:
-                sent = self._sock.sendmsg(self._out.first(_SEND_LEN))
+                if self._tls is None:
+                    self._out.send(self._sock.fileno())
+                else:
+                    self._out.consume(self._tls.sendmsg(self._out.first(_TLS_LEN)))
             except (BlockingIOError, InterruptedError):
                 return
-            self._out.consume(sent)
             if not self._out:
                 self._end_payload()
 
@@ -198,14 +154,15 @@ class Link:
         outgoing = self.feed() if self.feed is not None else None
         if outgoing is None:
             return False
-        self._out.append(memoryview(_HEADER.pack(len(outgoing.frame)) + outgoing.frame))
-        self._out.extend(outgoing.payload)
         self._on_sent = outgoing.on_sent
+        self._queue_frame(outgoing.frame)
+        if outgoing.payload is not None:
+            self._out.append(outgoing.payload)
         return True
 
-    def expect_payload(self, parts: Sequence[memoryview]) -> None:
-        """Receive the bytes that follow the current frame into ``parts``."""
-        self._payload.extend(parts)
+    def expect_payload(self, payload: Scatter) -> None:
+        """Receive the bytes that follow the current frame into ``payload``."""
+        self._payload.append(payload)
 
     def receive(self) -> Iterator[bytes | Mark]:
         """Yield what has arrived, until the socket is empty, the link paused or the budget spent.
@@ -232,8 +189,11 @@ class Link:
                 yield Mark.PAYLOAD_END
 
     def _read_payload(self) -> int:
-        num_read = self._sock.recvmsg_into(self._payload.first(_RECEIVE_LEN))[0]
-        self._payload.consume(num_read)
+        if self._tls is None:
+            num_read = self._payload.receive(self._sock.fileno())
+        else:
+            num_read = self._tls.recvmsg_into(self._payload.first(_TLS_LEN))[0]
+            self._payload.consume(num_read)
         self._payload_ended = not self._payload
         return num_read
 

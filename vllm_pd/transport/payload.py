@@ -15,15 +15,18 @@ from typing import ClassVar, TypeAlias
 
 from vllm_pd.errors import TransportUnavailableError
 from vllm_pd.transport.base import KVRegion
-from vllm_pd.transport.chunks import Chunk, spans_of_piece
+from vllm_pd.transport.chunks import Chunk, scatter_of_chunk, spans_of_chunk
 from vllm_pd.transport.device import DeviceInterface, TorchDevice
 from vllm_pd.transport.lanes import one_line
 from vllm_pd.transport.ledger import Posted
 from vllm_pd.transport.links import Direction
-from vllm_pd.transport.memory import view
+from vllm_pd.transport.scatter import Scatter
 from vllm_pd.transport.staging import StageKind, Stager, StagingBuffer
 
-Taken: TypeAlias = tuple[list[memoryview], Callable[[], None] | None]
+_FEW_BLOCKS = 64
+"""So many are faster one by one than with arrays, which take as long for one as for a hundred."""
+
+Taken: TypeAlias = tuple[Scatter, Callable[[], None] | None]
 """Memory to send, and what to call when it is sent."""
 
 
@@ -31,7 +34,7 @@ Taken: TypeAlias = tuple[list[memoryview], Callable[[], None] | None]
 class Landing:
     """Where a chunk is received."""
 
-    parts: list[memoryview]
+    memory: Scatter
     buffer: StagingBuffer | None = None
 
 
@@ -85,28 +88,24 @@ class DirectPayload(Payload):
 
     def __init__(self, regions: Sequence[KVRegion]) -> None:
         self._regions = regions
-        # Views of whole regions: a slice of one is made faster than a new view.
-        self._memory = [view(r.addr, r.num_blocks * r.block_len) for r in regions]
 
     def start_sending(self, posted: Posted, chunks: Sequence[Chunk]) -> None:  # noqa: D102
         pass
 
     def take(self, posted: Posted, index: int, chunk: Chunk) -> Taken | None:  # noqa: ARG002, D102
-        return self._views(posted, chunk), None
+        return self._memory(posted, chunk), None
 
     def land(self, posted: Posted, index: int, chunk: Chunk) -> Landing | None:  # noqa: ARG002, D102
-        return Landing(self._views(posted, chunk))
+        return Landing(self._memory(posted, chunk))
 
     def landed(self, posted: Posted, index: int, chunk: Chunk, landing: Landing) -> None:  # noqa: D102
         pass
 
-    def _views(self, posted: Posted, chunk: Chunk) -> list[memoryview]:
-        parts = []
-        for piece in chunk.pieces:
-            memory, region = self._memory[piece.region], self._regions[piece.region]
-            spans = spans_of_piece(region, piece, posted.block_ids, posted.heads)
-            parts += [memory[offset : offset + length] for offset, length in spans]
-        return parts
+    def _memory(self, posted: Posted, chunk: Chunk) -> Scatter:
+        num_blocks = sum(piece.num_blocks for piece in chunk.pieces)
+        if posted.heads is None and num_blocks <= _FEW_BLOCKS:
+            return Scatter.at(spans_of_chunk(self._regions, chunk, posted.block_ids, None))
+        return scatter_of_chunk(self._regions, chunk, posted.block_array, posted.heads)
 
 
 def device_of(regions: Sequence[KVRegion]) -> DeviceInterface:
@@ -188,14 +187,16 @@ class StagedPayload(Payload):
         if not work.under_way and not work.ready:
             del self._work[_key(posted)]
         release = functools.partial(self._stager.release, buffer)
-        return [buffer.view[: chunk.num_bytes]], release
+        return Scatter.of(buffer.view[: chunk.num_bytes]), release
 
     def start_receiving(self, posted: Posted) -> None:  # noqa: ARG002, D102
         self._stager.fence(StageKind.SCATTER)
 
     def land(self, posted: Posted, index: int, chunk: Chunk) -> Landing | None:  # noqa: ARG002, D102
         buffer = self._stager.acquire()
-        return None if buffer is None else Landing([buffer.view[: chunk.num_bytes]], buffer)
+        if buffer is None:
+            return None
+        return Landing(Scatter.of(buffer.view[: chunk.num_bytes]), buffer)
 
     def landed(self, posted: Posted, index: int, chunk: Chunk, landing: Landing) -> None:  # noqa: D102
         assert landing.buffer is not None

@@ -238,10 +238,10 @@ class TcpTransport(HostTransport):
         taken = self._payload.take(posted, index, outbound.chunks[index])
         if taken is None:
             return None
-        parts, on_sent = taken
+        memory, on_sent = taken
         outbound.next_chunk += 1
         started = time.monotonic()
-        vouched = digest_of(parts) if index in outbound.vouched else b""
+        vouched = digest_of(memory.views()) if index in outbound.vouched else b""
         posted.verify_s += time.monotonic() - started
         frame = _Data(
             transfer_id=posted.transfer_id,
@@ -249,7 +249,7 @@ class TcpTransport(HostTransport):
             num_bytes=outbound.chunks[index].num_bytes,
             digest=vouched,
         )
-        return Outgoing(msgspec.msgpack.encode(frame), parts, on_sent)
+        return Outgoing(msgspec.msgpack.encode(frame), memory, on_sent)
 
     # Consumer's half
 
@@ -289,7 +289,7 @@ class TcpTransport(HostTransport):
             return
         inbound.missing.remove(data.chunk)
         stream.landing = inbound, data, landing
-        link.expect_payload(landing.parts)
+        link.expect_payload(landing.memory)
 
     def _handle_payload_end(self, event: LinkEvent) -> None:
         stream = self._traffic[event.peer_id].streams[event.stream]
@@ -297,10 +297,10 @@ class TcpTransport(HostTransport):
         (inbound, data, landing), stream.landing = stream.landing, None
         posted = inbound.posted
         if self._options.on_received is not None and data.chunk == 0:
-            self._options.on_received(landing.parts[0])
+            self._options.on_received(landing.memory.views()[0])
         if data.digest:
             started = time.monotonic()
-            if digest_of(landing.parts) != data.digest:
+            if digest_of(landing.memory.views()) != data.digest:
                 inbound.error = DigestMismatchError(
                     f"transfer {posted.transfer_id}: the bytes received are not those sent"
                 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -14,6 +15,7 @@ from vllm_pd.transport.chunks import (
     Piece,
     moves_between,
     plan_chunks,
+    scatter_of_chunk,
     slice_len,
     spans_of_chunk,
     spans_of_piece,
@@ -167,3 +169,28 @@ def test_heads_move_to_their_places_row_by_row(
                 src.addr + come * src.block_len + row * src.row_len + first_from * 8 + i
             )
     assert moved == expected
+
+
+def joined(spans: list[tuple[int, int]]) -> list[list[int]]:
+    result: list[list[int]] = []
+    for addr, length in spans:
+        if result and sum(result[-1]) == addr:
+            result[-1][1] += length
+        else:
+            result.append([addr, length])
+    return result
+
+
+@given(
+    regions=st.lists(GEOMETRIES, min_size=1, max_size=4),
+    heads=st.sampled_from([None, (0, 4), (1, 2), (3, 1)]),
+    block_ids=st.lists(st.integers(0, 9), min_size=1, max_size=20),
+    max_len=st.integers(1, 300),
+)
+def test_scattered_memory_is_that_of_the_spans_with_neighbours_joined(
+    regions: list[KVRegion], heads: Heads | None, block_ids: list[int], max_len: int
+) -> None:
+    for chunk in plan_chunks(regions, heads, len(block_ids), max_len=max_len):
+        scatter = scatter_of_chunk(regions, chunk, np.array(block_ids), heads)
+        assert scatter.iov.tolist() == joined(spans_of_chunk(regions, chunk, block_ids, heads))
+        assert scatter.iov[:, 1].sum() == chunk.num_bytes

@@ -11,6 +11,7 @@ import pytest
 from tests.transport_conformance import noise
 from vllm_pd.errors import LocalProtocolError, RemoteProtocolError
 from vllm_pd.transport.link import Link, Mark, Outgoing
+from vllm_pd.transport.scatter import Scatter
 
 Pair = tuple[Link, Link]
 LONG = 8 << 20  # more than a socket takes at once
@@ -38,7 +39,7 @@ class Feed:
             return None
         index, length = self._waiting.pop(0)
         payload = memoryview(noise(index, length))
-        return Outgoing(b"next", [payload], lambda: self.sent.append(index))
+        return Outgoing(b"next", Scatter.of(payload), lambda: self.sent.append(index))
 
 
 def received(link: Link) -> list[bytes | Mark]:
@@ -55,7 +56,7 @@ def transfer(sender: Link, receiver: Link, *lengths: int) -> tuple[list[bytes], 
         for item in receiver.receive():
             match item:
                 case b"next":
-                    receiver.expect_payload([memoryview(waiting.pop(0))])
+                    receiver.expect_payload(Scatter.of(memoryview(waiting.pop(0))))
                 case bytes() as frame:
                     frames.append(frame)
                 case _:
@@ -131,7 +132,7 @@ def test_payload_goes_where_it_is_expected(pair: Pair) -> None:
     first, second = bytearray(4), bytearray(6)
     items = right.receive()
     assert next(items) == b"next"
-    right.expect_payload([memoryview(first), memoryview(b""), memoryview(second)])
+    right.expect_payload(Scatter.of(memoryview(first), memoryview(b""), memoryview(second)))
     assert list(items) == [Mark.PAYLOAD_END]
     assert first + second == noise(0, 10)
 
