@@ -69,9 +69,12 @@ _PR_SET_PTRACER = 0x59616D61
 _PR_SET_PTRACER_ANY = ctypes.c_ulong(-1).value
 
 
+_Anything = ctypes.c_char * (1 << 46)  # as a type for each length would cost much more
+
+
 def view(addr: int, num_bytes: int) -> memoryview:
     """Return a writable view of this process's memory; the caller keeps it alive."""
-    return memoryview((ctypes.c_char * num_bytes).from_address(addr)).cast("B")
+    return memoryview(_Anything.from_address(addr)).cast("B")[:num_bytes]
 
 
 def address_of(data: bytearray) -> int:

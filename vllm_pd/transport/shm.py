@@ -25,8 +25,10 @@ from __future__ import annotations
 import logging
 import queue
 import socket
+from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import msgspec
 
@@ -79,6 +81,7 @@ class ShmTransport(HostTransport):
         self._vouched: dict[tuple[str, int], Vouched] = {}
         self._copied: dict[tuple[str, int], CopyJob] = {}  # done; may wait for digests
         self._jobs: list[CopyJob] = []
+        self._samples: deque[CopyJob] = deque()  # digests to be computed here, soon
         self._done: queue.SimpleQueue[CopyJob] = queue.SimpleQueue()
         self._wake = Wakeup()
         self._links.watch(self._wake.fileno())
@@ -205,6 +208,10 @@ class ShmTransport(HostTransport):
     def _collect(self) -> None:
         """Go on with the transfers whose job is done."""
         self._wake.clear()
+        while self._samples:
+            job = self._samples.popleft()
+            if not job.posted.is_over:  # else its blocks may hold something else now
+                job.run()
         while not self._done.empty():
             job = self._done.get()
             self._jobs.remove(job)
@@ -242,13 +249,13 @@ class ShmTransport(HostTransport):
         self._send(posted, ready)
         if not pieces:
             return
-        job = CopyJob(posted, None, self._finish_job)
-        job.parts.append(Part([], spans_of_pieces(pieces, self._regions, posted)))
+        part = Part([], spans_of_pieces(pieces, self._regions, posted))
         if posted.digests is Digests.ALWAYS:
-            self._start_job(job)
-        else:  # too little to bother a thread with
-            job.on_done = lambda job: self._vouch(posted, job)
-            job.run()
+            self._start_job(CopyJob(posted, None, self._finish_job, parts=[part]))
+        else:  # too little to bother a thread with, and the consumer may begin meanwhile
+            vouch = partial(self._vouch, posted)
+            self._samples.append(CopyJob(posted, None, vouch, parts=[part]))
+            self._wake.set()
 
     def _vouch(self, posted: Posted, job: CopyJob) -> None:
         """Send the digests that a job has computed."""
