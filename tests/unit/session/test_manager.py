@@ -161,7 +161,7 @@ def test_fetch_may_come_before_its_grant(pair: tuple[Engine, Engine]) -> None:
 
 
 def test_fetch_that_came_first_may_wait_longer_than_a_transfer_lasts() -> None:
-    patient = msgspec.structs.replace(CONFIG, transfer_timeout_s=0.05)
+    patient = msgspec.structs.replace(CONFIG, transfer_timeout_s=0.3)
     producer, consumer = make_engine(config=patient), make_engine(config=patient)
     try:
         consumer.manager.fetch(fetch_request(producer, "t2"))
