@@ -220,7 +220,7 @@ class Producer:
     def next_deadline(self) -> float | None:
         """Return when ``expire`` has something to do."""
         times = [parked.deadline for parked in self._parked]
-        times += [running.deadline for running in self._running.values()]
+        times += [r.deadline for r in self._running.values() if r.deadline < math.inf]
         if (expiry := self._leases.next_expiry()) is not None:
             times.append(expiry)
         return min(times, default=None)

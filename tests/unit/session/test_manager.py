@@ -475,6 +475,20 @@ def test_read_that_the_transport_does_not_end_is_warned_of_once(
     producer.close()
 
 
+def test_read_that_the_transport_does_not_end_leaves_no_deadline_behind(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    config = ConnectorConfig(transfer_timeout_s=0.2, lease_s=0.3)
+    producer, consumer = make_engine(config, kind=NeverLettingGo), make_engine(config)
+    producer.manager.grant(GRANT)
+    consumer.manager.fetch(fetch_request(producer))
+    assert isinstance(consumer.wait_fetched().error, TransferTimeoutError)
+    time.sleep(0.5)  # until the lease would be over, too
+    consumer.close()
+    producer.close()
+    assert "failing all fetches" not in caplog.text
+
+
 class LosingItsPeer(ShmTransport):
     """The data link breaks at the first transfer; the control channel stays."""
 
