@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import ctypes
 import os
+import weakref
 from collections.abc import Callable
 from typing import Any
 
 from vllm_pd.transport.device import Mark, TorchDevice
+
+_POOL_LEN = 32
 
 
 class NpuDevice(TorchDevice):
@@ -26,6 +29,7 @@ class NpuDevice(TorchDevice):
 
         super().__init__("npu", index)
         self._npu: Any = torch.get_device_module("npu")
+        self._streams: weakref.WeakSet[NpuStream] = weakref.WeakSet()
         self.index = index
 
     @property
@@ -39,8 +43,17 @@ class NpuDevice(TorchDevice):
         return host_index_of(self.index, os.environ.get("ASCEND_RT_VISIBLE_DEVICES"))
 
     def make_stream(self) -> NpuStream:  # type: ignore[override]
-        """Return a new stream."""
-        return NpuStream(self._npu, self._npu.Stream(device=self.index))
+        """Return a stream that no other user of this method has, while there are some.
+
+        torch_npu has a pool of 32 for each device, and hands them out in turn for ever.
+        """
+        used = {stream.number for stream in self._streams}
+        for _ in range(_POOL_LEN):
+            stream = NpuStream(self._npu, self._npu.Stream(device=self.index))
+            if stream.number not in used:
+                break
+        self._streams.add(stream)
+        return stream
 
 
 def host_index_of(index: int, visible: str | None) -> str:
@@ -69,6 +82,11 @@ class NpuStream:
     def __init__(self, npu: Any, stream: Any) -> None:
         self._npu = npu
         self._stream = stream
+
+    @property
+    def number(self) -> int:
+        """Equal for equal streams of one device."""
+        return int(self._stream.stream_id)
 
     def submit(self, work: Callable[[], object]) -> None:
         """See ``EngineStream``."""

@@ -15,12 +15,14 @@ from __future__ import annotations
 import datetime
 import logging
 import os
+import re
 import secrets
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from ascend_vllm_plugin.abi import ADVICE, describe
 from ascend_vllm_plugin.backend import Backend, Communicator, EngineStream, HcclError
 from ascend_vllm_plugin.settings import DEFAULT_EXEC_TIMEOUT, EXEC_TIMEOUT_VARIABLE
 from vllm_pd.transport import inet
@@ -112,7 +114,17 @@ class ProcessGroupBackend(Backend):
             # The store of a follower lives as long as the group.
             return _Group(self._group(prefixed, rank, 2, timeout), prefixed, peer=1 - rank)
         except (RuntimeError, msgspec.DecodeError) as exc:
-            raise HcclError(f"process group: {one_line(exc)}") from exc
+            raise HcclError(explain(exc)) from exc
+
+
+def explain(exc: Exception) -> str:
+    """Return what torch_npu says, in one line; an error of HCCL by its name, with advice."""
+    found = re.search(r"HCCL function error: (\w+).*?error code is (\d+)", str(exc), re.DOTALL)
+    if found is None:
+        return f"process group: {one_line(exc)}"
+    code = int(found[2])
+    advice = f" (hint: {ADVICE[code]})" if code in ADVICE else ""
+    return f"process group: {found[1]}: {describe(code)}{advice}"
 
 
 class _Group(Communicator):
@@ -135,7 +147,7 @@ class _Group(Communicator):
         try:
             start().wait()
         except RuntimeError as exc:
-            raise HcclError(f"process group: {one_line(exc)}") from exc
+            raise HcclError(explain(exc)) from exc
 
     def check(self) -> None:
         pass  # errors come out of the stream
@@ -144,6 +156,6 @@ class _Group(Communicator):
         try:
             self._group.shutdown()
         except RuntimeError as exc:
-            logger.warning("hccl: process group: %s", one_line(exc))
+            logger.warning("hccl: %s", explain(exc))
         # Its threads end with it, and must not outlive the interpreter.
         self._group = self._store = None
