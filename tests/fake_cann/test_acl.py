@@ -129,6 +129,16 @@ def test_work_runs_after_the_call_that_submitted_it(lib: Libraries) -> None:
     assert (before, lib.read(target, 3)) == (b"old", b"new")
 
 
+def test_work_that_has_not_begun_is_dropped_with_its_stream(lib: Libraries) -> None:
+    stream, source, target = lib.stream(), lib.device_memory(b"new"), lib.device_memory(b"old")
+    gate = Gate(lib, stream)
+    check(lib.copy_async(target, source, 3, stream))
+    check(lib.acl.aclrtStreamAbort(stream))
+    gate.open()
+    check(lib.acl.aclrtSynchronizeStream(stream))
+    assert lib.read(target, 3) == b"old"
+
+
 def test_an_event_is_complete_after_the_work_before_it(lib: Libraries) -> None:
     stream, event = lib.stream(), lib.event()
     gate = Gate(lib, stream)

@@ -122,8 +122,9 @@ class NpuEngine:
         self.num_exchanges = 0
         self._groups = [group for group in groups if group is not None]
         self._reports: list[Reports] = [queue.SimpleQueue() for _ in devices]
-        self._lockstep = threading.Barrier(len(devices))
         self._is_over = threading.Event()
+        self._is_last = False  # step of all ranks
+        self._lockstep = threading.Barrier(len(devices), action=self._end_step)
         self.is_held = threading.Event()  # as if a step took very long
         self.errors: list[BaseException] = []
         self._threads = [
@@ -139,7 +140,7 @@ class NpuEngine:
         """Step after step; in each one there is an all-reduce."""
         try:
             NPU.set_device(device)
-            while not self._is_over.is_set():
+            while not self._is_last:
                 if not self.is_held.is_set():
                     worker.pump()
                 if group is not None:
@@ -147,6 +148,8 @@ class NpuEngine:
                     self.num_exchanges += 1
                 if not self.is_held.is_set() and any(report := worker.get_finished()):
                     reports.put(report)
+                if group is not None:
+                    group.wait()
                 self._lockstep.wait(LOCKSTEP_TIMEOUT_S)
                 time.sleep(0.0005)
         except threading.BrokenBarrierError as exc:
@@ -155,6 +158,10 @@ class NpuEngine:
         except BaseException as exc:  # noqa: BLE001 - told to the test
             self.errors.append(exc)
             self._lockstep.abort()
+
+    def _end_step(self) -> None:
+        """Decide once for all ranks, so that none waits for one that has stopped."""
+        self._is_last = self._is_over.is_set()
 
     def finished(self, rank: int) -> tuple[set[str], set[str]]:
         """Wait until one worker reports something."""
@@ -177,9 +184,9 @@ class NpuEngine:
 
     def close(self) -> None:
         self._is_over.set()
-        self._lockstep.abort()
         for thread in self._threads:
             thread.join(TIMEOUT_S)
+            assert not thread.is_alive()
         for group in self._groups:
             group.close()
         for worker in self.workers:

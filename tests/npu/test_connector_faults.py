@@ -109,6 +109,10 @@ def test_workers_that_insist_on_hccl_recompute_where_it_cannot_link(make: Make, 
     assert consumer.workers[0].take_stats() is not None
 
 
+@pytest.mark.skipif(
+    BACKEND == "process_group",
+    reason="torch_npu issues behind a queue, which keeps such an error and may end the process",
+)
 @pytest.mark.parametrize("call", ["HcclSend", "HcclRecv"])
 def test_refused_operation_fails_one_fetch_and_the_communicator_is_made_anew(
     make: Make, fail: Fail, call: str
@@ -172,9 +176,10 @@ def test_operation_that_hccl_never_ends_costs_a_recompute_and_the_worker_serves_
 ) -> None:
     """As on a CANN that knows no execution timeout, or on a device that hangs."""
     monkeypatch.setattr("ascend_vllm_plugin.transport.OVERDUE_S", 0.5)
-    config = msgspec.structs.replace(CONFIG, transfer_timeout_s=1.0)
+    timeout_s = 30.0 if BACKEND == "process_group" else 1.0  # that one has HCCL_EXEC_TIMEOUT
+    config = msgspec.structs.replace(CONFIG, transfer_timeout_s=timeout_s)
     consumer = make("d", (1,), GQA, first=10**6, config=config)
-    with Peer("p", 2, transfer_timeout_s=1.0) as peer:
+    with Peer("p", 2, transfer_timeout_s=timeout_s) as peer:
         peer.ask("grant", "a", [1, 2])
         consumer.workers[0].start([request_of(peer, "a")], [], [])
         assert consumer.finished(0) == (set(), {"decode-a"})
