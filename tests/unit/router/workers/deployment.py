@@ -51,6 +51,8 @@ class Connection:
     async def answer(self) -> tuple[int, bytes]:
         head = await self._reader.readuntil(b"\r\n\r\n")
         status = int(head.split()[1])
+        if status == 204:
+            return status, b""
         if found := re.search(rb"(?i)content-length: (\d+)", head):
             return status, await self._reader.readexactly(int(found[1]))
         body = b""
