@@ -440,7 +440,8 @@ async def _ready(request: web.Request) -> web.Response:
 
 def _dashboard_sources(request: web.Request) -> Sources:
     app = request.app
-    return Sources(app[POOL], app[METRICS], app[STAGES], app[CONFIG].workers, app.get(SHARED))
+    stages = app[STAGES]
+    return Sources(app[POOL], app[METRICS], stages, app[CONFIG].workers, app.get(SHARED))
 
 
 async def _make_change(request: web.Request, change: changes.Change) -> None:
