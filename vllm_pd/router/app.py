@@ -43,6 +43,7 @@ from vllm_pd.router.record import Record
 from vllm_pd.router.replies import error_response
 from vllm_pd.router.site import Site
 from vllm_pd.router.spans import Tracer, open_tracer
+from vllm_pd.router.stored import CANCEL_ROUTE, GET_ROUTE
 from vllm_pd.router.tls import client_tls, server_tls
 from vllm_pd.router.upstream import Upstream
 from vllm_pd.router.workers import changes
@@ -110,6 +111,8 @@ def create_app(
             web.post("/v1/completions", _generate),
             web.post("/v1/chat/completions", _generate),
             web.post("/v1/responses", _generate),
+            web.get(GET_ROUTE, _stored, allow_head=False),
+            web.post(CANCEL_ROUTE, _stored),
             web.post("/v1/embeddings", _forward),
             web.post("/tokenize", _forward),
             web.post("/detokenize", _forward),
@@ -422,6 +425,10 @@ async def _generate(request: web.Request) -> web.StreamResponse:
 
 async def _forward(request: web.Request) -> web.StreamResponse:
     return await request.app[PROXY].forward(request)
+
+
+async def _stored(request: web.Request) -> web.StreamResponse:
+    return await request.app[PROXY].stored(request)
 
 
 async def _health(_request: web.Request) -> web.Response:

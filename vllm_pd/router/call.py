@@ -56,6 +56,12 @@ class Call:
         """Path of the endpoint, the same on router and instances."""
         return self.request.path
 
+    @property
+    def target(self) -> str:
+        """Path and query of the endpoint, likewise."""
+        query = self.request.rel_url.raw_query_string
+        return f"{self.path}?{query}" if query else self.path
+
     def answer_headers(self) -> CIMultiDict[str]:
         """Return the headers that the router adds to an answer, besides the request id."""
         added: CIMultiDict[str] = CIMultiDict()

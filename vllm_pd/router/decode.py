@@ -137,7 +137,7 @@ class DecodeLegs:
                 with _prefilling(instance, local_tokens):
                     answer = await self._upstream.decode(
                         call.request.method,
-                        instance.base_url + call.path,
+                        instance.base_url + call.target,
                         span.headers(call.headers),
                         leg,
                     )
@@ -305,7 +305,7 @@ def _headers(call: Call, answer: Answer) -> CIMultiDict[str]:
 
 
 def _can_abort(call: Call) -> bool:
-    return call.path != RESPONSES
+    return not call.path.startswith(RESPONSES)
 
 
 def _warn(call: Call, instance: Instance, exc: BaseException) -> None:

@@ -61,6 +61,7 @@ from vllm_pd.router.prefill import (
 )
 from vllm_pd.router.record import Record
 from vllm_pd.router.spans import Tracer
+from vllm_pd.router.stored import StoredResponses
 from vllm_pd.router.upstream import UPSTREAM_ERRORS, Answer, Upstream, is_idle_timeout
 from vllm_pd.router.usage import PromptDetails
 
@@ -109,6 +110,7 @@ class Proxy:
         self._decode_legs = DecodeLegs(
             backend.pool, backend.upstream, metrics, client_timeout_s=config.client_timeout_s
         )
+        self._stored = StoredResponses(backend.pool, backend.upstream)
         self._metrics = metrics
         self._tracer = tracer
         self._config = config
@@ -123,14 +125,25 @@ class Proxy:
         """Serve anything else from a decode instance."""
         return await self._answer(request, self._forward)
 
+    async def stored(self, request: web.Request) -> web.StreamResponse:
+        """Serve a request for a response from the instance that has stored it."""
+        resource = request.match_info.route.resource
+        assert resource is not None
+        return await self._answer(request, self._ask_for_stored, route=resource.canonical)
+
     async def _answer(
-        self, request: web.Request, serve: Callable[[Call], Awaitable[web.StreamResponse]]
+        self,
+        request: web.Request,
+        serve: Callable[[Call], Awaitable[web.StreamResponse]],
+        *,
+        route: str | None = None,
     ) -> web.StreamResponse:
         record = Record.of(request)
+        route = route or request.path
         if self._tracer is not None:
-            record.begin(self._tracer, request)
+            record.begin(self._tracer, request, route)
         try:
-            with self._metrics.request(request.path) as outcome:
+            with self._metrics.request(route) as outcome:
                 record.outcome = outcome
                 return await self._answer_client(request, record, outcome, serve)
         finally:
@@ -173,6 +186,11 @@ class Proxy:
         async with self._slot(Role.DECODE, call, 0):
             return await self._decode(call, leg, Work(num_sequences=1))
 
+    async def _ask_for_stored(self, call: Call) -> web.StreamResponse:
+        instance = await self._stored.speaker(call)
+        # Without a slot: it is no work for an engine, and a cancellation even saves some.
+        return await self._decode(call, None, Work(), only=instance)
+
     async def _generate(self, call: Call) -> web.StreamResponse:
         raw = await self._read(call)
         body = bodies.parse(raw)
@@ -211,7 +229,7 @@ class Proxy:
     async def _serve(self, call: Call, job: Job) -> web.StreamResponse:
         decision = policy.should_disaggregate(job.body)
         if not decision.disaggregate:
-            return await self._decode_only(call, job, decision.reason)
+            return await self._decode_alone(call, job, decision.reason)
         pair = self._choose_pair(job, tried=set())
         if pair is None:
             return await self._fall_back(call, job, "no_prefill_instance")
@@ -337,6 +355,14 @@ class Proxy:
             self._release(result.instance, str(result.kv_params.get("transfer_id")))
             raise
 
+    async def _decode_alone(self, call: Call, job: Job, reason: str) -> web.StreamResponse:
+        """Have one instance do all, because only that is right."""
+        owner = await self._stored.owner_of_previous(call, job.body)
+        if owner is None:
+            return await self._decode_only(call, job, reason)
+        self._note_decode_only(call, reason)
+        return await self._decode(call, job.leg(None), _work(job), job=job, only=owner)
+
     async def _decode_only(
         self, call: Call, job: Job, reason: str, view: InstanceView | None = None
     ) -> web.StreamResponse:
@@ -362,7 +388,7 @@ class Proxy:
             )
         return await self._decode_only(call, job, reason, view)
 
-    async def _decode(
+    async def _decode(  # noqa: PLR0913  # what to send, and who may answer
         self,
         call: Call,
         leg: bytes | None,
@@ -371,11 +397,18 @@ class Proxy:
         job: Job | None = None,
         prefilled: Prefilled | None = None,
         first: InstanceView | None = None,
+        only: Instance | None = None,
     ) -> web.StreamResponse:
-        """Send the decode leg and relay its answer; another instance is tried if one fails."""
+        """Send the decode leg and relay its answer; another instance is tried if one fails.
+
+        Unless ``only`` one can do it.
+        """
         details = prefilled.details if prefilled else _NO_DETAILS
         producer = prefilled.instance if prefilled else None
         tried: set[str] = set()
+        if only is not None:
+            first = only.view(Role.DECODE, 0.0)
+            tried = {one.base_url for one in self._pool}
         # Not the exception: it would keep this frame, and with it the body, from being freed.
         failure: tuple[int, str] | None = None
         while (view := first or self._choose_decode(job, producer, tried)) is not None:

@@ -105,19 +105,19 @@ class Record:
         """Legs that were sent again."""
         return max(self.num_prefills - 1, 0) + max(self.num_decodes - 1, 0)
 
-    def begin(self, tracer: Tracer, request: web.Request) -> None:
-        """Begin the request's span."""
+    def begin(self, tracer: Tracer, request: web.Request, route: str) -> None:
+        """Begin the request's span, named after its route."""
         attributes: dict[str, str | int | float | bool] = {
             "http.request.method": request.method,
-            "http.route": request.path,
+            "http.route": route,
             "url.path": request.path,
             "url.scheme": request.scheme,
             "client.address": request.remote or "",
             "gen_ai.request.id": self.request_id,
         }
-        if operation := _OPERATIONS.get(request.path):
+        if operation := _OPERATIONS.get(route):
             attributes["gen_ai.operation.name"] = operation
-        self.span = tracer.begin(f"{request.method} {request.path}", request.headers, attributes)
+        self.span = tracer.begin(f"{request.method} {route}", request.headers, attributes)
         self.wanted = True
 
     def queue(self, role: Role) -> Span:

@@ -16,6 +16,7 @@ import pytest
 from tests.unit.router.certificates import Authority
 from tests.unit.router.conftest import StartInstance
 from tests.unit.router.fakes import FakeInstance, Streams, completes, drops, hangs
+from tests.unit.router.test_stored import Store
 from tests.unit.router.workers.deployment import Connection, Router, launch, running, until
 
 pytestmark = pytest.mark.slow
@@ -520,3 +521,33 @@ def _lives(pid: int) -> bool:
     except OSError:
         return False
     return state != "Z"
+
+
+async def test_every_worker_finds_a_response_that_an_instance_has_stored(
+    start_instance: StartInstance, tmp_path: Path
+) -> None:
+    prefill, other = await start_instance(Store()), await start_instance(Store())
+    owner = await start_instance(Store("resp_1"))
+    async with running(tmp_path, [prefill], [other, owner]) as router:
+        for connection in await both(router):
+            assert (await connection.ask("GET", "/v1/responses/resp_1"))[0] == 200
+            assert (await connection.ask("GET", "/v1/responses/resp_2"))[0] == 404
+
+
+async def test_workers_share_the_memory_for_bodies(
+    prefill: FakeInstance, start_instance: StartInstance, tmp_path: Path
+) -> None:
+    decode = await start_instance(hangs)
+    limits = {"max_body_len": 60, "max_held_len": 60}
+    async with running(tmp_path, [prefill], [decode], **limits) as router:
+        one, other = await both(router)
+        one.send("POST", COMPLETIONS, BODY)
+        await decode.started.wait()
+
+        status, raw = await other.ask("POST", COMPLETIONS, BODY)
+
+        assert (status, json.loads(raw)["error"]["code"]) == (429, 429)
+        one.close()  # its client leaves
+        await decode.cancelled.wait()
+        other.send("POST", COMPLETIONS, BODY)
+        await until(lambda: len(decode.received) == 2)
