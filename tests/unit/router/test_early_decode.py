@@ -12,7 +12,7 @@ from aiohttp import web
 from tests.unit.protocol.test_messages import FINGERPRINT
 from tests.unit.router.conftest import StartInstance, StartRouter
 from tests.unit.router.fakes import Client, FakeInstance, answers, completes, drops, hangs
-from vllm_pd.config import ConnectorConfig, Role
+from vllm_pd.config import ConnectorConfig, Role, RoleLabel
 from vllm_pd.router.app import POOL
 from vllm_pd.session.instance import InstanceEndpoint
 
@@ -111,6 +111,20 @@ async def test_the_first_request_waits_as_nobody_knows_where_its_prefill_will_be
     assert await post(router) == (200, "disaggregated")
     (params,) = params_of(decode)
     assert params["remote_num_tokens"] == 2
+
+
+async def test_where_a_former_decode_instance_keeps_its_prefills_is_known_from_the_first_one(
+    start_router: StartRouter, prefill: FakeInstance, decode: FakeInstance, producer: Producer
+) -> None:
+    router = await start_router([], [prefill, decode])
+    pool = router.app[POOL]
+    (instance,) = (one for one in pool if one.base_url == prefill.url)
+    assert [one.control for one in pool] == [None, None]
+    pool.relabel(instance, RoleLabel.PREFILL)
+
+    await known(router)
+
+    assert (instance.engine_id, instance.control) == (ENGINE, ("127.0.0.1", producer.port))
 
 
 async def test_it_can_be_turned_off(
