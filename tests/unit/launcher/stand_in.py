@@ -27,6 +27,11 @@ class Handler(BaseHTTPRequestHandler):
         """Say nothing."""
 
 
+def serve(host: str, port: int) -> None:
+    """Answer until the process ends."""
+    ThreadingHTTPServer((host, port), Handler).serve_forever()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("port", type=int)
@@ -59,7 +64,7 @@ def main() -> None:
     if args.never_ready:
         while True:
             signal.pause()
-    ThreadingHTTPServer(("127.0.0.1", args.port), Handler).serve_forever()
+    serve("127.0.0.1", args.port)
 
 
 if __name__ == "__main__":
