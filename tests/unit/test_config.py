@@ -122,6 +122,7 @@ def test_unknown_nested_key_comes_with_the_keys_of_its_place(
         "router: {health_interval_s: 0}",
         "router: {port: 99999}",
         "router: {max_body_len: -5}",
+        "router: {max_body_len: 10, max_held_len: 9}",
     ],
 )
 def test_numbers_that_make_no_sense_are_refused(tmp_path: Path, text: str) -> None:
