@@ -87,13 +87,21 @@ def read_marks(base_url: str) -> Marks:
 
 
 def stages_between(before: Marks, after: Marks) -> list[Stage]:
-    """Return where the time of disaggregated requests went; nothing if there were none."""
-    found = stages.router_stages(before.router, after.router)
+    """Return where the time of disaggregated requests went; nothing if there were none.
+
+    What could not be read before is left out, as its counters are older than the run; of an
+    instance that came meanwhile they are not.
+    """
+    found = stages.router_stages(before.router, after.router) if before.router else []
     if not found:  # what instances know is no hand-over then
         return []
     for role, readings in after.instances.items():
         earlier = before.instances.get(role, {})
-        pairs = [(earlier.get(url, {}), reading) for url, reading in readings.items()]
+        pairs = [
+            (earlier.get(url, {}), reading)
+            for url, reading in readings.items()
+            if earlier.get(url) != {}
+        ]
         found += stages.instance_stages(role, pairs)
     return found
 

@@ -129,17 +129,28 @@ def _stage(
     labels: Mapping[str, str],
     *readings: tuple[Reading, Reading],
 ) -> Stage | None:
-    total = sum(_growth(f"{metric}_sum", labels, *pair) for pair in readings)
-    count = sum(_growth(f"{metric}_count", labels, *pair) for pair in readings)
+    grown = [_growth(metric, labels, *pair) for pair in readings]
+    total = sum(seconds for seconds, _ in grown)
+    count = sum(num for _, num in grown)
     if count < 1:
         return None
     return Stage(name, total / count * 1e3, int(count), source)
 
 
-def _growth(name: str, labels: Mapping[str, str], before: Reading, after: Reading) -> float:
-    wanted = labels.items()
-    return sum(
-        value - before.get((sample, its_labels), 0.0)
-        for (sample, its_labels), value in after.items()
-        if sample == name and wanted <= dict(its_labels).items()
-    )
+def _growth(
+    metric: str, labels: Mapping[str, str], before: Reading, after: Reading
+) -> tuple[float, float]:
+    """Return by how many seconds and observations a histogram grew.
+
+    One that has shrunk is of a process that was started again meanwhile: everything in it is new.
+    """
+    seconds = count = 0.0
+    for (sample, its_labels), num in after.items():
+        if sample != f"{metric}_count" or not labels.items() <= dict(its_labels).items():
+            continue
+        now = after.get((f"{metric}_sum", its_labels), 0.0), num
+        then = tuple(before.get((f"{metric}_{part}", its_labels), 0.0) for part in ("sum", "count"))
+        is_new = now[0] < then[0] or now[1] < then[1]
+        seconds += now[0] - (0.0 if is_new else then[0])
+        count += now[1] - (0.0 if is_new else then[1])
+    return seconds, count

@@ -106,3 +106,18 @@ def test_instances_of_a_role_are_taken_together() -> None:
     (found,) = stages
     assert (found.count, found.source) == (2, "prefill")
     assert found.mean_ms == pytest.approx(200.0)
+
+
+def test_instance_that_was_started_again_counts_from_zero() -> None:
+    before = engine_reading(vllm__request_queue_time_seconds=[5.0, 5.0, 5.0])
+    after = engine_reading(vllm__request_queue_time_seconds=[0.1, 0.3])
+    (found,) = instance_stages("prefill", [(before, after)])
+    assert found.count == 2
+    assert found.mean_ms == pytest.approx(200.0)
+
+
+def test_instance_that_served_more_since_its_start_than_before_counts_from_zero() -> None:
+    before = engine_reading(vllm__request_queue_time_seconds=[5.0])
+    after = engine_reading(vllm__request_queue_time_seconds=[0.1, 0.3])
+    (found,) = instance_stages("prefill", [(before, after)])
+    assert found.count == 2

@@ -17,7 +17,7 @@ from benchmarks.serving.progress import Progress
 from benchmarks.serving.target import Marks, Target, stages_between
 from tests.unit.bench.queue import record, serve
 from vllm_pd.bench.slo import Objectives
-from vllm_pd.bench.stages import Stage
+from vllm_pd.bench.stages import Reading, Stage, parse_metrics
 from vllm_pd.bench.workload import make_workload, shape_of
 
 TARGET = Target("http://h:1", "m", "/models/m", 4096)
@@ -120,6 +120,31 @@ def test_warm_up_asks_the_same_lengths_with_other_prompts() -> None:
     assert all(one.prompt_len == other.prompt_len for one, other in pairs)
     assert not any(set(one.chunk_ids) & set(other.chunk_ids) for one, other in pairs)
     assert warm_up.args[-1] == "--no-self-timed"
+
+
+def test_router_that_could_not_be_read_before_a_run_has_no_stages() -> None:
+    after = parse_metrics(
+        "# TYPE vllm_pd:router_prefill_seconds histogram\n"
+        "vllm_pd:router_prefill_seconds_sum 900\nvllm_pd:router_prefill_seconds_count 90\n"
+    )
+    assert stages_between(Marks({}, {}), Marks(after, {})) == []
+
+
+def test_instance_that_could_not_be_read_before_a_run_is_left_out() -> None:
+    def reading(count: int) -> Reading:
+        return parse_metrics(
+            f"vllm_pd:router_prefill_seconds_sum {count}\n"
+            f"vllm_pd:router_prefill_seconds_count {count}\n"
+            f"vllm:request_queue_time_seconds_sum {count}\n"
+            f"vllm:request_queue_time_seconds_count {count}\n"
+        )
+
+    before = Marks(reading(1), {"prefill": {"http://a": {}, "http://b": reading(1)}})
+    now = {"http://a": reading(90), "http://b": reading(3), "http://new": reading(4)}
+    found = stages_between(before, Marks(reading(9), {"prefill": now}))
+    assert {stage.name: stage.count for stage in found if stage.source == "prefill"} == {
+        "queue in the engine": 2 + 4
+    }
 
 
 def test_service_without_metrics_has_no_stages() -> None:
