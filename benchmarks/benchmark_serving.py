@@ -5,7 +5,7 @@
         --goodput ttft:500 tpot:50 --json result.json
 
 The load is upstream's: everything that is not below is passed on to ``vllm bench serve``
-(--dataset-name, --burstiness, --ramp-up-strategy, --backend, --endpoint, ...). What is
+(--dataset-name, --ramp-up-strategy, --backend, --endpoint, ...). What is
 added: latencies from the moment a request was to be sent, the client's own lag, time to
 second token, longest stall, the part of requests that met all objectives with its
 interval, whether the run was in a steady state, and, behind the router of this project,
@@ -20,19 +20,17 @@ import argparse
 import json
 import math
 import shlex
-import signal
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from types import FrameType
-from typing import NoReturn
 
 REPO = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPO))  # this is a program, not an installed package
 
 from rich.console import Console  # noqa: E402
 
+from benchmarks.interrupting import interruptible, uninterrupted  # noqa: E402
 from benchmarks.options import Parser, positive, read_number  # noqa: E402
 from benchmarks.reporting import Report, check_writable, describe_environment, write  # noqa: E402
 from benchmarks.serving import tables  # noqa: E402
@@ -67,6 +65,7 @@ class Options:
     """The command line, checked.
 
     Attributes:
+        burstiness: of the workload's arrivals; None: its own.
         upstream: arguments that are passed on.
     """
 
@@ -76,6 +75,7 @@ class Options:
     rate: float
     seed: int
     workload: str | None
+    burstiness: float | None
     trace: Path | None
     warm_up: int
     goodput: tuple[str, ...]
@@ -105,6 +105,8 @@ def parse_options(argv: Sequence[str]) -> Options:
         parser.error("--workload and --trace exclude each other")
     if (args.workload or args.trace) and args.dataset_path:
         parser.error("--dataset-path is for --dataset-name; a trace is given by --trace")
+    if args.burstiness and args.trace:
+        parser.error("--burstiness is for arrivals that are drawn; a trace has its own")
     return Options(
         base_url=args.base_url or f"http://{args.host}:{args.port}",
         model=args.model,
@@ -112,14 +114,22 @@ def parse_options(argv: Sequence[str]) -> Options:
         rate=args.request_rate,
         seed=args.seed,
         workload=args.workload,
+        burstiness=args.burstiness,
         trace=args.trace,
         warm_up=args.warm_up,
         goodput=tuple(args.goodput or ()),
         objectives=objectives,
         json_file=args.json,
         markdown_file=args.markdown,
-        upstream=tuple(upstream),
+        upstream=(*_burstiness_args(args), *upstream),
     )
+
+
+def _burstiness_args(args: argparse.Namespace) -> list[str]:
+    """Return what upstream is told of arrivals that it draws."""
+    if args.burstiness is None or args.workload:
+        return []
+    return ["--burstiness", str(args.burstiness)]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -129,21 +139,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     console = Console(highlight=False, markup=False, soft_wrap=True)
     if not console.is_terminal:
         console.width = TABLE_WIDTH
-    previous = signal.signal(signal.SIGTERM, interrupt)
     try:
-        target = find_target(options.base_url, options.model)
-        run, figures = _measure(options, target, console)
+        with interruptible():
+            target = find_target(options.base_url, options.model)
+            run, figures = _measure(options, target, console)
     except (BenchError, ConfigError) as exc:
         sys.stderr.write(f"error: {exc}\n")
         return 1
     except KeyboardInterrupt:
         sys.stderr.write("interrupted before anything was measured\n")
         return INTERRUPTED
-    finally:
-        signal.signal(signal.SIGTERM, previous)
     _show(console, figures)
     command = shlex.join(["python", "benchmarks/benchmark_serving.py", *argv])
-    status = _write(options, _report(command, target, run, figures), figures)
+    with uninterrupted():
+        status = _write(options, _report(command, target, run, figures), figures)
     if run.is_interrupted:
         sys.stderr.write(f"interrupted: these are the {figures.count} requests until then\n")
         return INTERRUPTED
@@ -151,11 +160,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stderr.write(f"error: every request failed: {next(iter(figures.errors))}\n")
         return 1
     return status
-
-
-def interrupt(_number: int, _frame: FrameType | None) -> NoReturn:
-    """Handle SIGTERM like Ctrl-C, so that a time limit around this leaves nothing behind."""
-    raise KeyboardInterrupt
 
 
 def check_dataset(path: Path) -> None:
@@ -205,6 +209,8 @@ def _workload(options: Options, target: Target) -> Workload | None:
         workload = read_trace(options.trace, count=options.count, rate=rate)
     elif options.workload is not None:
         shape = shape_of(options.workload)
+        if options.burstiness is not None:  # the shape of the gamma law, as upstream's
+            shape = replace(shape, cv=1 / math.sqrt(options.burstiness))
         workload = make_workload(
             options.workload, shape, count=options.count, rate=options.rate, seed=options.seed
         )
@@ -280,6 +286,12 @@ def _make_parser() -> Parser:
         metavar="R",
         help="per second, or inf: all at once, a trace as recorded [inf]",
     )
+    add(
+        "--burstiness",
+        type=burstiness,
+        metavar="X",
+        help="of drawn arrivals: 1 is Poisson, less comes in bursts [1, or the workload's own]",
+    )
     add("--seed", type=int, default=1, metavar="N", help="of prompts and arrivals [1]")
     add("--workload", metavar="NAME", help=f"drawn here: {', '.join(SHAPES)}")
     add("--trace", type=Path, metavar="FILE", help="replay this: Mooncake's JSONL or Azure's CSV")
@@ -305,6 +317,18 @@ def rate(text: str) -> float:
     value = read_number(text)
     if not value > 0:
         raise argparse.ArgumentTypeError(f"{text!r} is not a positive rate")
+    return value
+
+
+def burstiness(text: str) -> float:
+    """Read the shape of a gamma law.
+
+    Raises:
+        argparse.ArgumentTypeError: it is not positive, or not finite.
+    """
+    value = read_number(text)
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
     return value
 
 

@@ -12,11 +12,14 @@ Starts one deployment after the other and asks each the same:
   colocated  one instance on all devices
   chunked    as replicas, with prompts prefilled in chunks of 256 tokens
   nixl       as pd, with vLLM's NixlConnector instead of ours (only if asked for)
+  control    replicas once more, by --control: shows what is found where there is nothing
 
 Writes a report with tables, paired verdicts and plots (PNG, SVG), all figures as JSON and
 every request. What is behind -- goes to every `vllm serve`.
 
-Without --model it is an untrained model of 41 million parameters. --quick takes about a
+Without --model it is an untrained model of 41 million parameters, for which the objectives are
+ttft:3000 tpot:40 if --goodput gives no others: twice what a prompt of 2000 tokens and a decode step
+take on one core of the machine in docs/performance.md. --quick takes about a
 quarter of an hour on two cores. Ctrl-C stops everything and reports what there is.
 """
 
@@ -26,7 +29,6 @@ import argparse
 import importlib.util
 import math
 import shlex
-import signal
 import sys
 import tempfile
 import time
@@ -39,12 +41,13 @@ sys.path.insert(0, str(REPO))  # this is a program, not an installed package
 
 from rich.console import Console  # noqa: E402
 
-from benchmarks.benchmark_serving import interrupt, rate  # noqa: E402
+from benchmarks.benchmark_serving import rate  # noqa: E402
 from benchmarks.comparing import options as site_options  # noqa: E402
 from benchmarks.comparing.cells import Cell, Level  # noqa: E402
 from benchmarks.comparing.deployments import (  # noqa: E402
     CHUNKED,
     COLOCATED,
+    CONTROL,
     NIXL,
     PD,
     REPLICAS,
@@ -53,16 +56,21 @@ from benchmarks.comparing.deployments import (  # noqa: E402
     deployed,
 )
 from benchmarks.comparing.measuring import Effort, Subject, measure_cells  # noqa: E402
+from benchmarks.interrupting import interruptible, uninterrupted  # noqa: E402
 from benchmarks.options import Parser, positive  # noqa: E402
 from benchmarks.reporting import describe_environment  # noqa: E402
 from benchmarks.service.servers import MODEL_NAME  # noqa: E402
 from benchmarks.serving.target import find_target  # noqa: E402
 from benchmarks.transfer.pair import BenchError  # noqa: E402
+from vllm_pd.bench.slo import Objectives, parse_objectives  # noqa: E402
 from vllm_pd.bench.workload import SHAPES  # noqa: E402
 from vllm_pd.errors import ConfigError  # noqa: E402
 
 ORDER = (REPLICAS, PD, COLOCATED, CHUNKED, NIXL)
 """The reference first, because the loads depend on it."""
+
+OWN_OBJECTIVES = ("ttft:3000", "tpot:40")
+"""For the untrained model."""
 
 USUAL = (REPLICAS, PD, COLOCATED, CHUNKED)
 QUICK = (REPLICAS, PD, COLOCATED)
@@ -77,6 +85,7 @@ class Options:
     Attributes:
         loads: shares of the capacity; ``inf``: all at once.
         rates: requests per second instead.
+        objectives: to be met together; None: unknown.
     """
 
     deployments: tuple[str, ...]
@@ -84,6 +93,7 @@ class Options:
     loads: tuple[float, ...]
     rates: tuple[float, ...]
     effort: Effort
+    objectives: Objectives | None
     output: Path
 
 
@@ -156,8 +166,10 @@ class Comparison:
             self._ask(subject, workload, levels)
 
     def _ask(self, subject: Subject, workload: str, levels: Sequence[Level]) -> list[Cell]:
-        effort = self._options.effort
-        cells, is_interrupted = measure_cells(subject, workload, levels, effort, self._console)
+        options = self._options
+        cells, is_interrupted = measure_cells(
+            subject, workload, levels, options.effort, self._console, options.objectives
+        )
         self.found.cells += cells
         if is_interrupted:
             raise KeyboardInterrupt
@@ -176,9 +188,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("--load and --rate exclude each other")
     if importlib.util.find_spec("matplotlib") is None:
         parser.error("matplotlib is not installed: pip install matplotlib")
-    options = _options(args)
+    try:
+        options = _options(args)
+    except ConfigError as exc:
+        parser.error(str(exc))
     console = Console(highlight=False, markup=False, soft_wrap=True)
-    signal.signal(signal.SIGTERM, interrupt)
     command = shlex.join(["python", "benchmarks/compare.py", *argv])
     try:
         return _compare(args, options, command, console)
@@ -193,13 +207,15 @@ def _compare(args: argparse.Namespace, options: Options, command: str, console: 
         site = site_options.make_site(args, Path(name))
         comparison = Comparison(options, site, console)
         status = _run(comparison)
-    reported = _report(comparison.found, site, options.output, command, console)
+        with uninterrupted():
+            reported = _report(comparison.found, site, options.output, command, console)
     return status or reported
 
 
 def _run(comparison: Comparison) -> int:
     try:
-        comparison.run()
+        with interruptible():
+            comparison.run()
     except KeyboardInterrupt:
         comparison.found.notes.append("It was interrupted: this is what there was until then.")
         return INTERRUPTED
@@ -217,6 +233,8 @@ def _report(found: Findings, site: Site, output: Path, command: str, console: Co
     capacities = ", ".join(f"{name} {rate:.3g} req/s" for name, rate in found.capacity.items())
     if capacities:
         environment["capacity"] = f"of {found.cells[0].deployment}, all at once: {capacities}"
+    if (objectives := found.cells[0].objectives) is not None:
+        environment["objectives"] = str(objectives)
     environment["command"] = command
     console.print("writing the report")
     write_report(output, found.cells, environment, found.notes)
@@ -227,8 +245,10 @@ def _report(found: Findings, site: Site, output: Path, command: str, console: Co
 def _options(args: argparse.Namespace) -> Options:
     quick: bool = args.quick
     usual_loads = [] if args.rate else [0.7] if quick else [0.25, 0.7, math.inf]
+    wanted = args.deployment or (QUICK if quick else USUAL)
+    goodput = args.goodput or (OWN_OBJECTIVES if args.model is None else None)
     return Options(
-        deployments=site_options.chosen(ORDER, args.deployment or (QUICK if quick else USUAL)),
+        deployments=(*site_options.chosen(ORDER, wanted), *([CONTROL] if args.control else [])),
         workloads=tuple(args.workload or WORKLOADS),
         loads=tuple(args.load or usual_loads),
         rates=tuple(args.rate or ()),
@@ -237,6 +257,7 @@ def _options(args: argparse.Namespace) -> Options:
             duration_s=args.duration or (45 if quick else 180),
             at_once=args.at_once or (16 if quick else 64),
         ),
+        objectives=parse_objectives(goodput) if goodput else None,
         output=args.output or site_options.default_output("compare"),
     )
 
@@ -246,6 +267,13 @@ def _make_parser() -> Parser:
     add = parser.add_argument
     add("--quick", action="store_true", help="fewer and shorter runs: see above")
     add("--deployment", choices=ORDER, action="append", help="only this; repeatable")
+    add("--control", action="store_true", help="measure the baseline twice: see above")
+    add(
+        "--goodput",
+        nargs="+",
+        metavar="KEY:MS",
+        help="objectives that a request must meet together: ttft, tpot, e2el [see above]",
+    )
     add(
         "--workload",
         choices=tuple(SHAPES),

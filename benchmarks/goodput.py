@@ -18,7 +18,6 @@ import argparse
 import contextlib
 import math
 import shlex
-import signal
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -30,7 +29,7 @@ sys.path.insert(0, str(REPO))  # this is a program, not an installed package
 
 from rich.console import Console  # noqa: E402
 
-from benchmarks.benchmark_serving import interrupt, rate  # noqa: E402
+from benchmarks.benchmark_serving import rate  # noqa: E402
 from benchmarks.comparing import options as site_options  # noqa: E402
 from benchmarks.comparing.cells import Level  # noqa: E402
 from benchmarks.comparing.deployments import (  # noqa: E402
@@ -43,6 +42,7 @@ from benchmarks.comparing.deployments import (  # noqa: E402
     deployed,
 )
 from benchmarks.comparing.measuring import Effort, Subject, measure_cells  # noqa: E402
+from benchmarks.interrupting import interruptible, uninterrupted  # noqa: E402
 from benchmarks.options import Parser, positive, read_number  # noqa: E402
 from benchmarks.reporting import (  # noqa: E402
     Report,
@@ -61,7 +61,12 @@ from vllm_pd.bench.goodput import (  # noqa: E402
     goodput_interval,
     goodput_ratio,
 )
-from vllm_pd.bench.slo import Objectives, parse_objectives  # noqa: E402
+from vllm_pd.bench.slo import (  # noqa: E402
+    Objectives,
+    attainment,
+    num_independent,
+    parse_objectives,
+)
 from vllm_pd.bench.steady import Regime  # noqa: E402
 from vllm_pd.bench.workload import SHAPES  # noqa: E402
 from vllm_pd.errors import ConfigError  # noqa: E402
@@ -108,7 +113,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = _make_parser()
     args = parser.parse_args(argv)
     console = Console(highlight=False, markup=False, soft_wrap=True)
-    signal.signal(signal.SIGTERM, interrupt)
     found = Found()
     status = 0
     try:
@@ -117,21 +121,26 @@ def main(argv: Sequence[str] | None = None) -> int:
             check_writable(path)
         environment = describe_environment("none")
         try:
-            _search_all(args, plan, found, environment, console)
+            with interruptible():
+                _search_all(args, plan, found, environment, console)
         except KeyboardInterrupt:
             found.notes.append("It was interrupted: this is what there was until then.")
             status = INTERRUPTED
         environment["command"] = shlex.join(["python", "benchmarks/goodput.py", *argv])
-        report = make_report(plan, found, environment)
-        console.print(report.markdown())
-        if args.json is not None:
-            report.write_json(args.json)
-        if args.markdown is not None:
-            write(args.markdown, report.markdown())
+        with uninterrupted():
+            _report(args, make_report(plan, found, environment), console)
     except (BenchError, ConfigError) as exc:
         sys.stderr.write(f"error: {exc}\n")
         return status or 1
     return status
+
+
+def _report(args: argparse.Namespace, report: Report, console: Console) -> None:
+    console.print(report.markdown())
+    if args.json is not None:
+        report.write_json(args.json)
+    if args.markdown is not None:
+        write(args.markdown, report.markdown())
 
 
 def make_report(plan: Plan, found: Found, environment: dict[str, str]) -> Report:
@@ -205,8 +214,8 @@ def _plain(trial: Trial) -> dict[str, object]:
     return {
         "rate": trial.rate,
         "is_stable": trial.is_stable,
-        "attainment": asdict(trial.attainment),
-        "outcomes": [[int(met) for met in run] for run in trial.outcomes],
+        "attainment": asdict(trial.interval),
+        "independent requests": trial.num_independent,
     }
 
 
@@ -244,16 +253,27 @@ def _search(subject: Subject, plan: Plan, found: Found, console: Console) -> Non
         if is_interrupted:  # a part of a trial is none
             raise KeyboardInterrupt
         (cell,) = cells
-        outcomes = [[plan.objectives.are_met_by(r) for r in run.records] for run in cell.runs]
-        trial = Trial(next_rate, outcomes, is_stable=cell.regime is Regime.STEADY)
+        runs = [run.records for run in cell.runs]
+        trial = Trial(
+            next_rate,
+            attainment(runs, plan.objectives).value,
+            num_independent(runs, plan.objectives),
+            is_stable=cell.regime is Regime.STEADY,
+        )
         search.tell(trial)
         if cell.regime is Regime.SHORT:
             found.notes.append(
                 f"{subject.name}, {next_rate:.3g} req/s: the runs were too short to tell whether "
                 "it kept pace, so the rate counts as failed; use a longer --duration"
             )
+        elif not trial.is_enough(plan.target):
+            found.notes.append(
+                f"{subject.name}, {next_rate:.3g} req/s: the requests say as much as "
+                f"{trial.num_independent:.0f} independent ones, too few to pass even if all meet "
+                "the objectives; use a longer --duration"
+            )
         found.searches[subject.name] = search
-        share = trial.attainment
+        share = trial.interval
         verdict = "passes" if trial.passes(plan.target) else "fails"
         stability = "" if trial.is_stable else f", {cell.regime.value}"
         console.print(

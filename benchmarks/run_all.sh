@@ -6,7 +6,7 @@
 #
 # Writes benchmarks/results/<date>-<machine>/: environment.txt, and of each benchmark its
 # report as JSON, its output as text, and for compare.py Markdown, plots and all requests.
-# A benchmark that fails does not stop the others; Ctrl-C stops all of it.
+# A benchmark that fails does not stop the others; Ctrl-C or SIGTERM stops all of it.
 #
 # Environment variables:
 #   PYTHON   Python with vLLM, vllm-pd and matplotlib   [that of pd_example/setup_env.sh]
@@ -41,15 +41,31 @@ fi
 results=${RESULTS:-benchmarks/results/$(date -u +%F)-$(uname -n)}
 mkdir -p "$results" || exit
 failed=()
-trap 'echo "interrupted: what there is, is in $results" >&2; exit 130' INT TERM
+
+# End the benchmark that runs as Ctrl-C does, which it handles, and wait until it has written
+# what it has.
+stop() {
+  trap '' INT TERM
+  if [[ -n $(jobs -p) ]]; then
+    kill -INT %%
+    wait %%
+  fi
+  echo "interrupted: what there is, is in $results" >&2
+  exit 130
+}
+trap stop INT TERM
+# A job of its own: a shell handles no signal while it waits for what is in the foreground, and
+# what is in the background without this ignores Ctrl-C.
+set -m
 
 # Run one benchmark; its output goes to the terminal and to a file.
 measure() {
   local name=$1
   shift
   echo "== $name: $*"
-  "$python" "$@" 2>&1 | tee -i "$results/$name.txt"
-  local status=${PIPESTATUS[0]}
+  "$python" "$@" 2>&1 </dev/null | tee -i "$results/$name.txt" &
+  wait %%
+  local status=$?  # of the benchmark, by pipefail
   ((status == 130)) && exit 130
   ((status)) && failed+=("$name")
 }

@@ -9,10 +9,20 @@ from dataclasses import dataclass
 from benchmarks.reporting import Row, number
 from benchmarks.serving.figures import Figures, make_rows
 from benchmarks.serving.load import Run
+from vllm_pd.bench.intervals import intervals
 from vllm_pd.bench.records import Record, metric_values
-from vllm_pd.bench.stats import bootstrap, mean, percentile
-from vllm_pd.bench.steady import Regime, judge
-from vllm_pd.bench.verdict import Finding, Verdict, compare
+from vllm_pd.bench.slo import Objectives, attainment
+from vllm_pd.bench.stats import Interval, mean, percentile
+from vllm_pd.bench.steady import Regime, answer_rates, judge
+from vllm_pd.bench.verdict import (
+    ATTAINMENT,
+    Finding,
+    Verdict,
+    compare,
+    compare_attainment,
+    compare_throughput,
+    is_answered_alike,
+)
 
 METRICS = ("ttft", "second", "tpot", "itl", "stall", "e2el")
 
@@ -90,6 +100,21 @@ class Cell:
         return next(regime for regime in order if regime in regimes)
 
     @property
+    def window_rate(self) -> float:
+        """Mean throughput of all runs without start and drain; NaN if all came at once."""
+        return sum(figures.window_request_rate for figures in self.figures) / len(self.figures)
+
+    @property
+    def objectives(self) -> Objectives | None:
+        """What requests had to meet."""
+        return self.figures[0].objectives
+
+    @property
+    def attainment(self) -> Interval | None:
+        """Part of the requests that are compared that met it."""
+        return attainment(self.records, self.objectives) if self.objectives else None
+
+    @property
     def request_rate(self) -> float:
         """Mean request throughput of all runs, the drain included."""
         return sum(figures.request_rate for figures in self.figures) / len(self.figures)
@@ -146,15 +171,31 @@ class Duel:
         return text + "."
 
 
-def duels(cells: Sequence[Cell], ours: str) -> list[Duel]:
-    """Compare one deployment with each other one, wherever both were asked the same."""
+def duels(cells: Sequence[Cell], ours: str, theirs: str | None = None) -> list[Duel]:
+    """Compare one deployment with others, wherever both were asked the same.
+
+    Args:
+        cells: what was measured.
+        ours: the deployment.
+        theirs: the other one; None: each other one.
+    """
     found = []
     for cell in (cell for cell in cells if cell.deployment == ours):
         for other in cells:
             is_same = (other.workload, other.level) == (cell.workload, cell.level)
-            if is_same and other is not cell and _is_paired(cell, other):
-                findings = compare(cell.records, other.records, METRICS)
-                found.append(Duel(cell, other, tuple(findings)))
+            is_wanted = other is not cell and theirs in (None, other.deployment)
+            if is_same and is_wanted and _is_paired(cell, other):
+                found.append(Duel(cell, other, tuple(_findings(cell, other))))
+    return found
+
+
+def _findings(cell: Cell, other: Cell) -> list[Finding]:
+    ours, theirs = cell.records, other.records
+    found = compare(ours, theirs, METRICS)
+    rates = [[answer_rates(run.records) for run in one.runs] for one in (cell, other)]
+    found.append(compare_throughput(*rates, is_paired=is_answered_alike(ours, theirs)))
+    if cell.objectives is not None:
+        found.append(compare_attainment(ours, theirs, cell.objectives))
     return found
 
 
@@ -164,21 +205,24 @@ def cell_rows(cells: Iterable[Cell]) -> list[Row]:
     for cell in cells:
         for seed, figures in enumerate(cell.figures, 1):
             rows += make_rows(figures, **cell.labels, run=str(seed))
+        labels = {**cell.labels, "regime": cell.regime.value}
         for metric in METRICS:
             runs = [metric_values(records, metric) for records in cell.records]
-            labels = {**cell.labels, "regime": cell.regime.value}
-            found = bootstrap(runs, (mean, percentile(99)), seed=1)
+            found = intervals(runs, (mean, percentile(99)))
             for name, interval in zip(("mean", "p99"), found, strict=True):
                 bounds = (interval.low, interval.high)
                 figure = f"compared_{metric}_{name}"
                 rows.append(Row(labels, figure, interval.value, "ms", *bounds))
+        if (share := cell.attainment) is not None:
+            figure, bounds = "compared_slo_attainment", (share.low, share.high)
+            rows.append(Row(labels, figure, share.value, "share", *bounds))
     return rows
 
 
-def duel_rows(found: Iterable[Duel]) -> list[Row]:
-    """Return the ratios."""
+def duel_rows(fought: Iterable[Duel]) -> list[Row]:
+    """Return the ratios; of the SLO attainment the difference, as a ratio may be to nothing."""
     rows: list[Row] = []
-    for duel in found:
+    for duel in fought:
         labels = {
             **duel.ours.labels,
             "regime": duel.ours.regime.value,
@@ -186,10 +230,12 @@ def duel_rows(found: Iterable[Duel]) -> list[Row]:
             "regime of that": duel.theirs.regime.value,
         }
         for finding in duel.findings:
-            ratio = finding.comparison.ratio
             labelled = {**labels, "verdict": finding.verdict.value}
-            figure = f"ratio of {finding.name}"
-            rows.append(Row(labelled, figure, ratio.value, "x", ratio.low, ratio.high))
+            is_share = finding.name == ATTAINMENT
+            figure = f"{'difference' if is_share else 'ratio'} of {finding.name}"
+            found = finding.comparison.difference if is_share else finding.comparison.ratio
+            unit = "share" if is_share else "x"
+            rows.append(Row(labelled, figure, found.value, unit, found.low, found.high))
     return rows
 
 
@@ -198,7 +244,15 @@ def _is_paired(one: Cell, other: Cell) -> bool:
     return [len(run) for run in one.records] == [len(run) for run in other.records]
 
 
-def _brief(finding: Finding) -> str:
+def shown(finding: Finding) -> str:
+    """Return a ratio, or the difference of an SLO attainment in points, with its interval."""
+    if finding.name == ATTAINMENT:
+        points = finding.comparison.difference
+        value, low, high = (f"{100 * one:+.1f}" for one in (points.value, points.low, points.high))
+        return f"{value} points ({low} to {high})"
     ratio = finding.comparison.ratio
-    bounds = f"{number(ratio.low)} to {number(ratio.high)}"
-    return f"{finding.name} {number(ratio.value)} x ({bounds})"
+    return f"{number(ratio.value)} x ({number(ratio.low)} to {number(ratio.high)})"
+
+
+def _brief(finding: Finding) -> str:
+    return f"{finding.name} {shown(finding)}"

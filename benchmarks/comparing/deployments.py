@@ -21,6 +21,9 @@ from vllm_pd.launcher.split import core_list
 
 PD, COLOCATED, REPLICAS, CHUNKED, NIXL = "pd", "colocated", "replicas", "chunked", "nixl"
 
+CONTROL = "control"
+"""The same as ``REPLICAS``, once more: what is found between these two is what the machine does."""
+
 CHUNK_TOKENS = 256
 """Token budget of a step with chunked prefill: the small end of what is usual, for short stalls."""
 
@@ -30,6 +33,7 @@ TITLES = {
     REPLICAS: "colocated, two instances behind the router",
     CHUNKED: f"colocated, two instances, prefill in chunks of {CHUNK_TOKENS} tokens",
     NIXL: "PD with vLLM's NixlConnector, behind the router",
+    CONTROL: "control: two colocated instances, once more",
 }
 
 
@@ -126,6 +130,7 @@ _DEPLOYMENTS: Mapping[str, Callable[[Site], contextlib.AbstractContextManager[st
     COLOCATED: _colocated,
     CHUNKED: _chunked,
     NIXL: _nixl,
+    CONTROL: lambda site: _two(site, CONTROL),
 }
 
 

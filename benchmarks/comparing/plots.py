@@ -13,7 +13,15 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from benchmarks.comparing.cells import Cell
-from benchmarks.comparing.deployments import CHUNKED, COLOCATED, NIXL, PD, REPLICAS, TITLES
+from benchmarks.comparing.deployments import (
+    CHUNKED,
+    COLOCATED,
+    CONTROL,
+    NIXL,
+    PD,
+    REPLICAS,
+    TITLES,
+)
 from vllm_pd.bench.records import METRICS, pooled
 from vllm_pd.bench.stats import Statistic, Values, percentile
 from vllm_pd.bench.steady import Regime
@@ -29,9 +37,17 @@ COLOURS = {
     REPLICAS: "#009E73",
     CHUNKED: "#CC79A7",
     NIXL: "#E69F00",
+    CONTROL: "#56B4E9",
 }
-_STYLES = {PD: "-", COLOCATED: "--", REPLICAS: "-.", CHUNKED: ":", NIXL: (0, (5, 1, 1, 1, 1, 1))}
-_MARKERS = {PD: "o", COLOCATED: "s", REPLICAS: "^", CHUNKED: "D", NIXL: "v"}
+_STYLES = {
+    PD: "-",
+    COLOCATED: "--",
+    REPLICAS: "-.",
+    CHUNKED: ":",
+    NIXL: (0, (5, 1, 1, 1, 1, 1)),
+    CONTROL: (0, (1, 3)),
+}
+_MARKERS = {PD: "o", COLOCATED: "s", REPLICAS: "^", CHUNKED: "D", NIXL: "v", CONTROL: "x"}
 _WINDOW_S = 60.0
 """Seconds of a run that are drawn over time."""
 

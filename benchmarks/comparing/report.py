@@ -9,29 +9,45 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from benchmarks.comparing.cells import Cell, Duel, cell_rows, duel_rows, duels
-from benchmarks.comparing.deployments import PD, TITLES
+from benchmarks.comparing.cells import Cell, Duel, cell_rows, duel_rows, duels, shown
+from benchmarks.comparing.deployments import CONTROL, PD, REPLICAS, TITLES
 from benchmarks.comparing.plots import draw_all
 from benchmarks.reporting import Report, markdown_table, number, write
 from benchmarks.serving.figures import LATE_MS
 from vllm_pd.bench.records import METRICS, pooled
-from vllm_pd.bench.stats import FEW_FOR_P99, summarize
-from vllm_pd.bench.verdict import Verdict
+from vllm_pd.bench.stats import FEW_FOR_P99, Interval, summarize
+from vllm_pd.bench.verdict import ATTAINMENT, THROUGHPUT, Finding, Verdict
 
 _HEADER = (
-    *("deployment", "req/s", "TTFT mean", "TTFT P99", "TPOT mean", "TPOT P99"),
-    *("ITL mean", "ITL P99", "max stall P99", "client lag P99", "failed", "regime"),
+    *("deployment", "req/s", "req/s without drain", "TTFT mean", "TTFT P99", "TPOT mean"),
+    *("TPOT P99", "ITL mean", "ITL P99", "max stall P99", "met objectives", "client lag P99"),
+    *("failed", "regime"),
 )
-_EXPLANATION = (
-    "Milliseconds, of the requests of all seeds that were due after the first tenth of a run, "
-    "from the moment they were to be sent. Every deployment had the same devices and got the "
-    "same requests at the same times. Ratios are paired, with 95 % bootstrap intervals over "
-    "seeds and blocks of requests; a difference counts if its interval excludes 1. With so many "
-    "intervals some exclude 1 by chance. Deployments ran one after the other, each once: what "
-    "changed on the machine between them (clock, heat, other programs) is part of the ratios, and "
-    "no interval shows it. Nor does one of a single seed show what other arrivals would have done: "
-    "at 70 % load and 120 requests it covers the ratio of means in about 73 % of simulated cases. "
-    f"P99 of fewer than {FEW_FOR_P99} requests has no verdict."
+_AT_A_GLANCE = (
+    *("TTFT mean", "TTFT P99", "TPOT mean", "TPOT P99", "ITL mean", "ITL P99"),
+    *(THROUGHPUT, ATTAINMENT),
+)
+_HOW_TO_READ = (
+    "**How to read this.** Latencies are milliseconds from the moment a request was to be sent, of "
+    "the requests of all seeds that were due after the first tenth of a run. Every deployment had "
+    "the same devices and got the same requests at the same times, so ratios are paired. Intervals "
+    "are 95 %, over blocks of neighbouring requests, as those wait for each other; a difference "
+    "counts if its interval excludes 1 (of SLO attainment: 0). Where runs are short against the "
+    f"memory of their queue, and for P99 of fewer than {FEW_FOR_P99} values, there is a ratio but "
+    "no verdict. Throughput is compared over the time in which requests came: below capacity every "
+    "deployment answers what it is asked. `req/s` also counts the drain, so it falls with the "
+    "length of the last answers and is no capacity. Where all come at once the two are the same, "
+    "and the verdict is over seeds alone. **What this does not mean.** Deployments ran one after "
+    "the other, each once, so what changed on the machine between them (clock, heat, other "
+    "programs) is in the ratios and in no interval; `control`, where it was run, is the baseline "
+    "once more, and what is found there has no cause. Of many intervals some exclude 1 by chance. "
+    "Latencies of a run that is not steady depend on how long it was. Ratios hold for this model, "
+    "these lengths, arrivals and devices: on a CPU, scheduling and queueing are real, while the "
+    "times of prefills and decode steps are not those of an accelerator."
+)
+_ABOUT_RATIOS = (
+    "The first deployment's figure as a multiple of the second's (of SLO attainment the difference "
+    "in points), with its 95 % interval; bold where it counts as better or worse."
 )
 
 
@@ -46,7 +62,7 @@ def write_report(
     for name in ("plots", "raw"):
         (folder / name).mkdir(exist_ok=True)
     _write_raw(cells, folder / "raw")
-    found = duels(cells, PD)
+    found = [*duels(cells, PD), *duels(cells, CONTROL, REPLICAS)]
     rows = [*cell_rows(cells), *duel_rows(found)]
     Report("compare", environment, rows, notes).write_json(folder / "report.json")
     text = _markdown(cells, found, environment, notes, draw_all(cells, folder / "plots"))
@@ -61,11 +77,13 @@ def _markdown(
     notes: Sequence[str],
     plots: Sequence[str],
 ) -> str:
-    parts = ["# PD against colocated deployments", _EXPLANATION]
+    parts = ["# PD against colocated deployments", _HOW_TO_READ]
     parts += [f"**{note}**" for note in notes]
     parts.append("\n".join(f"- {key}: {value}" for key, value in environment.items()))
     named = dict.fromkeys(cell.deployment for cell in cells)
     parts.append("\n".join(f"- `{name}`: {TITLES[name]}" for name in named))
+    if found:
+        parts += ["## Ratios", _ABOUT_RATIOS, _ratios(found)]
     for workload, level in dict.fromkeys((cell.workload, cell.level) for cell in cells):
         group = [c for c in cells if (c.workload, c.level) == (workload, level)]
         parts.append(f"## {workload}, {level.name}")
@@ -94,6 +112,22 @@ def _markdown(
     return "\n\n".join(parts) + "\n"
 
 
+def _ratios(fought: Sequence[Duel]) -> str:
+    header = ("workload", "load", "deployments", *_AT_A_GLANCE)
+    rows = []
+    for duel in fought:
+        found = {finding.name: finding for finding in duel.findings}
+        cells = [_marked(found[name]) if name in found else "" for name in _AT_A_GLANCE]
+        names = f"{duel.ours.deployment} / {duel.theirs.deployment}"
+        rows.append((duel.ours.workload, duel.ours.level.name, names, *cells))
+    return markdown_table(header, rows)
+
+
+def _marked(finding: Finding) -> str:
+    is_told_apart = finding.verdict in (Verdict.BETTER, Verdict.WORSE)
+    return f"**{shown(finding)}**" if is_told_apart else shown(finding)
+
+
 def _about(group: Sequence[Cell]) -> str:
     first = group[0]
     seeds = len(first.runs)
@@ -108,11 +142,19 @@ def _line(cell: Cell) -> list[str]:
         metric: summarize([v for records in cell.records for v in pooled(records, metric)])
         for metric in METRICS
     }
-    values = [cell.request_rate]
+    values = [cell.request_rate, cell.window_rate]
     for metric in ("ttft", "tpot", "itl"):
         values += [found[metric].mean, found[metric].p99]
-    values += [found["stall"].p99, max(figures.lag.p99 for figures in cell.figures)]
-    return [cell.deployment, *map(number, values), str(cell.failed), cell.regime.value]
+    values.append(found["stall"].p99)
+    lag = max(figures.lag.p99 for figures in cell.figures)
+    return [
+        *(cell.deployment, *map(number, values), _share(cell.attainment), number(lag)),
+        *(str(cell.failed), cell.regime.value),
+    ]
+
+
+def _share(found: Interval | None) -> str:
+    return "-" if found is None else f"{found.value:.1%} ({found.low:.1%} to {found.high:.1%})"
 
 
 def _causes(cell: Cell) -> str:

@@ -136,7 +136,7 @@ def make_figures(
         is_scheduled=run.is_scheduled,
         tokens_per_chunk=_tokens_per_chunk(answered),
         objectives=objectives,
-        attainment=attainment(records, objectives) if objectives else None,
+        attainment=attainment([records], objectives) if objectives else None,
         stages=stages,
         is_interrupted=run.is_interrupted,
     )

@@ -54,7 +54,8 @@ class Load:
     def for_warm_up(self, count: int) -> Load:
         """Return a few requests of the same lengths, four at a time, as fast as possible.
 
-        Of a workload the prompts are others; of a dataset of upstream's they are not.
+        The prompts are others: of a workload they are drawn, of a dataset of upstream's the
+        recorder turns them round.
         """
         options = ["--request-rate", "inf", "--max-concurrency", str(_WARM_UP_CONCURRENCY)]
         workload = self.workload
@@ -136,6 +137,7 @@ def _phase(load: Load, folder: Path, *, is_measured: bool) -> dict[str, Any]:
         "args": upstream_args(load, folder),
         "schedule": str(folder / "schedule.json") if is_measured else None,
         "partial": str(folder / "partial.json") if is_measured else None,
+        "is_turned": not is_measured and load.workload is None,
     }
 
 

@@ -14,7 +14,8 @@ error event says so or if it is shorter than what --ignore-eos makes sure of.
 PLAN is a list of runs as JSON, made one after the other in this process, because
 importing vLLM takes longer than many a run: ``args`` of ``vllm bench serve``; ``schedule``,
 a file for the times; ``partial``, a file for the requests so far if the run is
-interrupted. A run without these two warms up. PROGRESS_FD gets a dot for each request
+interrupted. A run without these two warms up, with its prompts turned round if ``is_turned``,
+so that no prompt that is measured is in a cache by then. PROGRESS_FD gets a dot for each request
 that is over, and a line feed for each run; the next one begins after a line on stdin.
 """
 
@@ -27,6 +28,7 @@ import signal
 import sys
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -109,12 +111,19 @@ class Recorder:
     def __init__(self, progress_fd: int) -> None:
         self._progress_fd = progress_fd
         self._schedule: Path | None = None
+        self._is_turned = False
         self._is_running = False
         self._sent: list[dict[str, Any]] = []
 
-    def begin(self, schedule: Path | None) -> None:
-        """Forget the last run; ``schedule`` gets the times of the next one."""
-        self._schedule, self._is_running, self._sent = schedule, False, []
+    def begin(self, schedule: Path | None, *, is_turned: bool) -> None:
+        """Forget the last run.
+
+        Args:
+            schedule: gets the times of the next one.
+            is_turned: whether its prompts are to be turned round.
+        """
+        self._schedule, self._is_turned = schedule, is_turned
+        self._is_running, self._sent = False, []
 
     def end(self) -> None:
         """Tell that a run is over, and wait until that was noted."""
@@ -145,6 +154,8 @@ class Recorder:
     def _recorded(self, get_request: Callable[..., AsyncIterator[Any]]) -> Callable[..., Any]:
         async def recorded(input_requests: Any, *args: Any, **kwargs: Any) -> AsyncIterator[Any]:
             requests = list(input_requests)
+            if self._is_turned:
+                requests = [replace(one, prompt=turned(one.prompt)) for one in requests]
             offsets_s = await plan(get_request, requests, *args, **kwargs)
             started = time.perf_counter()
             if self._schedule is not None:
@@ -174,6 +185,19 @@ class Recorder:
     def _tell(self, news: bytes) -> None:
         with contextlib.suppress(OSError):  # nobody reads it any more
             os.write(self._progress_fd, news)
+
+
+def turned(prompt: Any) -> Any:
+    """Return a prompt of the same length that begins otherwise: the same backwards.
+
+    Args:
+        prompt: a text, token ids, or what upstream has else, of which it is left as it is.
+    """
+    if isinstance(prompt, str):
+        return " ".join(reversed(prompt.split(" ")))
+    if isinstance(prompt, list) and all(isinstance(token, int) for token in prompt):
+        return prompt[::-1]
+    return prompt
 
 
 async def plan(
@@ -215,15 +239,18 @@ def _put(module: ModuleType, name: str, value: Any) -> None:
 
 def main(argv: list[str]) -> int:
     """Make the runs; return the exit status."""
-    # It may be ignored here, as for what a script starts in the background.
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    # Ctrl-C may be ignored here, as for what a script starts in the background. SIGTERM comes
+    # where a whole session is ended, and from the kernel when the parent dies.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
     plan_file, progress_fd = argv
     recorder = Recorder(int(progress_fd))
     recorder.install()
     parser = FlexibleArgumentParser(prog="vllm bench serve")  # type: ignore[no-untyped-call]
     serve.add_cli_args(parser)
     for run in json.loads(Path(plan_file).read_text()):
-        recorder.begin(Path(run["schedule"]) if run["schedule"] else None)
+        schedule = Path(run["schedule"]) if run["schedule"] else None
+        recorder.begin(schedule, is_turned=run["is_turned"])
         try:
             serve.main(parser.parse_args(run["args"]))
         except KeyboardInterrupt:

@@ -8,19 +8,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import numpy as np
+import numpy.typing as npt
 
-from vllm_pd.bench.stats import NUM_RESAMPLES, Interval, interval_of, ratio, redrawn, wilson
+from vllm_pd.bench.stats import LEVEL, Interval, ratio, wilson
 from vllm_pd.errors import ConfigError
 
 _FACTOR = 2.0
 _MAX_BRACKET = 12
 """Doublings or halvings before the search gives up."""
 
-Outcomes = Sequence[Sequence[bool]]
-"""Whether each request met the objectives, for each seed in the order of arrival."""
+_NUM_DRAWS = 2000
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,23 +29,28 @@ class Trial:
 
     Attributes:
         rate: requests per second.
-        outcomes: whether requests met the objectives.
+        attainment: part of the requests of all seeds that met the objectives.
+        num_independent: how many independent requests would say as much.
         is_stable: whether the service kept pace in every run.
     """
 
     rate: float
-    outcomes: Outcomes
+    attainment: float
+    num_independent: float
     is_stable: bool = True
 
     @property
-    def attainment(self) -> Interval:
-        """Of the requests of all seeds together."""
-        met = [one for run in self.outcomes for one in run]
-        return wilson(sum(met), len(met))
+    def interval(self) -> Interval:
+        """The attainment with its confidence interval."""
+        return wilson(self.attainment, self.num_independent)
+
+    def is_enough(self, target: float) -> bool:
+        """Return whether the requests would do for the target if all of them met it."""
+        return wilson(1.0, self.num_independent).low >= target
 
     def passes(self, target: float) -> bool:
         """Return whether the lower confidence bound reaches the target, in steady runs."""
-        return self.is_stable and self.attainment.low >= target
+        return self.is_stable and self.interval.low >= target
 
 
 @dataclass(slots=True)
@@ -149,48 +154,50 @@ def crossing(points: Mapping[float, float], target: float) -> float:
 
 
 def goodput_interval(trials: Sequence[Trial], target: float, *, seed: int) -> Interval:
-    """Return the rate where attainment crosses the target, with its bootstrap interval."""
-    rng = np.random.default_rng(seed)
-    draws = [_crossing_of(_redrawn(trials, rng), target) for _ in range(NUM_RESAMPLES)]
-    return interval_of(_crossing_of(trials, target), draws)
+    """Return the rate where attainment crosses the target, with its interval."""
+    return _interval(_crossing_of(trials, target), _drawn(trials, target, seed))
 
 
 def goodput_ratio(
     ours: Sequence[Trial], theirs: Sequence[Trial], target: float, *, seed: int
 ) -> Interval:
-    """Return the ratio of two goodputs, first over second, with its bootstrap interval.
+    """Return the ratio of two goodputs, first over second, with its interval.
 
-    A bound is infinite where the second one may be 0.
+    A rate must have passed in both.
     """
-    rng = np.random.default_rng(seed)
-    draws = []
-    for _ in range(NUM_RESAMPLES):
-        other = _crossing_of(_redrawn(theirs, rng), target)
-        draws.append(ratio(_crossing_of(_redrawn(ours, rng), target), other))
-    return interval_of(ratio(_crossing_of(ours, target), _crossing_of(theirs, target)), draws)
+    value = ratio(_crossing_of(ours, target), _crossing_of(theirs, target))
+    return _interval(value, _drawn(ours, target, seed) / _drawn(theirs, target, seed + 1))
 
 
 def _crossing_of(trials: Sequence[Trial], target: float) -> float:
-    return crossing({trial.rate: _share_of(trial) for trial in trials}, target)
-
-
-def _share_of(trial: Trial) -> float:
-    """Return the attainment, which tends to 0 where the queue grows for as long as one asks.
+    """Return the goodput, with an attainment of 0 where the queue grows as long as one asks.
 
     What was measured there only shows how long the run was.
     """
-    return trial.attainment.value if trial.is_stable else 0.0
+    return crossing({t.rate: t.attainment if t.is_stable else 0.0 for t in trials}, target)
 
 
-def _redrawn(trials: Sequence[Trial], rng: np.random.Generator) -> list[Trial]:
-    """Redraw seeds, the same of every rate, and blocks of requests within them."""
-    num_seeds = min(len(trial.outcomes) for trial in trials)
-    seeds = rng.integers(num_seeds, size=num_seeds)
-    return [
-        replace(trial, outcomes=[_redrawn_run(trial.outcomes[seed], rng) for seed in seeds])
+def _drawn(trials: Sequence[Trial], target: float, seed: int) -> npt.NDArray[np.float64]:
+    """Return goodputs that the trials leave possible.
+
+    Attainments are drawn by what is known of each one after its trial (Jeffreys' beta), so that
+    a rate at which nothing was missed is not taken for one at which nothing can be.
+    """
+    rng = np.random.default_rng(seed)
+    shares = {
+        trial.rate: rng.beta(
+            trial.attainment * trial.num_independent + 0.5,
+            (1 - trial.attainment) * trial.num_independent + 0.5,
+            _NUM_DRAWS,
+        )
+        if trial.is_stable
+        else np.zeros(_NUM_DRAWS)
         for trial in trials
-    ]
+    }
+    points = ({rate: float(shares[rate][n]) for rate in shares} for n in range(_NUM_DRAWS))
+    return np.asarray([crossing(one, target) for one in points])
 
 
-def _redrawn_run(run: Sequence[bool], rng: np.random.Generator) -> list[bool]:
-    return [run[index] for index in redrawn(len(run), rng)]
+def _interval(value: float, draws: npt.NDArray[np.float64]) -> Interval:
+    low, high = np.percentile(draws, (50 * (1 - LEVEL), 50 * (1 + LEVEL)))
+    return Interval(value, float(low), float(high))

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from vllm_pd.bench.records import Record
-from vllm_pd.bench.stats import Interval, wilson
+from vllm_pd.bench.stats import Interval, memory, wilson
 from vllm_pd.errors import ConfigError
 
 _KEYS = ("ttft", "tpot", "e2el")
+
+_MAX_STRAIN = 2.0
+"""Beyond that a request is hardly more late than another: all missed their objectives."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,13 +36,20 @@ class Objectives:
 
         An answer of one token has no TPOT, so it meets any.
         """
-        tpot_ms = 0.0 if math.isnan(record.tpot_s) else record.tpot_s * 1e3
-        return (
-            record.is_ok
-            and record.ttft_s * 1e3 <= self.ttft_ms
-            and tpot_ms <= self.tpot_ms
-            and record.e2el_s * 1e3 <= self.e2el_ms
-        )
+        return self.strain(record) <= 1
+
+    def strain(self, record: Record) -> float:
+        """Return what part of its limits a request used, of the limit that it came closest to.
+
+        One that failed counts as far beyond them.
+        """
+        if not record.is_ok:
+            return _MAX_STRAIN
+        tpot_s = 0.0 if math.isnan(record.tpot_s) else record.tpot_s
+        latencies_s = (record.ttft_s, tpot_s, record.e2el_s)
+        limits_ms = (self.ttft_ms, self.tpot_ms, self.e2el_ms)
+        parts = (1e3 * one / limit for one, limit in zip(latencies_s, limits_ms, strict=True))
+        return min(max(parts), _MAX_STRAIN)
 
 
 def parse_objectives(pairs: Sequence[str]) -> Objectives:
@@ -61,11 +73,31 @@ def parse_objectives(pairs: Sequence[str]) -> Objectives:
     return Objectives(**limits)
 
 
-def attainment(records: Iterable[Record], objectives: Objectives) -> Interval:
+def num_independent(runs: Sequence[Sequence[Record]], objectives: Objectives) -> float:
+    """Return how many independent requests would say as much as these, which waited together.
+
+    By the memory of how close requests came to their limits, which shows where all met them, too.
+    """
+    return sum(
+        len(run) / memory(np.asarray([objectives.strain(record) for record in run]))
+        for run in runs
+        if run
+    )
+
+
+def attainment(runs: Sequence[Sequence[Record]], objectives: Objectives) -> Interval:
     """Return the part of the requests, failed ones included, that met all objectives.
+
+    With Wilson's interval for as many as are independent.
+
+    Args:
+        runs: requests in the order of arrival, for each seed.
+        objectives: to be met.
 
     Raises:
         ValueError: there are no requests.
     """
-    met = [objectives.are_met_by(record) for record in records]
-    return wilson(sum(met), len(met))
+    met = [objectives.are_met_by(record) for run in runs for record in run]
+    if not met:
+        raise ValueError("no requests have no attainment")
+    return wilson(sum(met) / len(met), num_independent(runs, objectives))

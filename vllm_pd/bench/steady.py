@@ -15,13 +15,16 @@ from dataclasses import dataclass
 import numpy as np
 
 from vllm_pd.bench.records import Record
-from vllm_pd.bench.stats import Values
+from vllm_pd.bench.stats import Run, Values
 
 _WARM_UP = 0.1
 """Part of the arrivals that is left out: the service fills up."""
 
 _MAX_WARM_UP_S = 60.0
 _NUM_POINTS = 256
+_NUM_PARTS = 20
+"""Parts of a window of which each has its throughput."""
+
 _MIN_COMPLETION_RATE = 0.98
 _SIGNIFICANT = 3.0
 _MIN_WINDOWS = 10.0
@@ -120,6 +123,20 @@ def judge(records: Sequence[Record]) -> Steadiness:
 def in_flight(records: Sequence[Record], times: Sequence[float]) -> list[int]:
     """Return how many requests were due and not yet over, at each of some moments."""
     return [int(count) for count in _in_flight(records, np.asarray(times))]
+
+
+def answer_rates(records: Sequence[Record]) -> Run:
+    """Return answers per second in equal parts of the window, so without start and drain.
+
+    Requests that came all at once have no window: theirs is the one rate until the last answer.
+    """
+    window = judge(records)
+    ended = [record.ended_s for record in records if record.is_ok]
+    if window.end_s <= window.start_s:
+        duration_s = max(ended, default=math.inf) - window.start_s
+        return [np.asarray([len(ended) / duration_s])]
+    counts, edges = np.histogram(ended, bins=_NUM_PARTS, range=(window.start_s, window.end_s))
+    return [np.asarray([rate]) for rate in counts / np.diff(edges)]
 
 
 def _window(due: Values) -> tuple[float, float]:

@@ -7,22 +7,20 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
+from vllm_pd.bench.intervals import Comparison, paired
 from vllm_pd.bench.records import METRICS, Record, metric_values
-from vllm_pd.bench.stats import (
-    FEW_FOR_P99,
-    Comparison,
-    Interval,
-    Statistic,
-    mean,
-    paired_bootstrap,
-    percentile,
-)
+from vllm_pd.bench.slo import Objectives
+from vllm_pd.bench.stats import FEW_FOR_P99, Interval, Run, Statistic, mean, percentile
 
 STATISTICS: dict[str, Statistic] = {"mean": mean, "P50": percentile(50), "P99": percentile(99)}
 
+THROUGHPUT, ATTAINMENT = "throughput", "SLO attainment"
+
 
 class Verdict(enum.Enum):
-    """What an interval of a ratio says, where less is better."""
+    """What an interval says."""
 
     BETTER = "better"
     WORSE = "worse"
@@ -33,72 +31,101 @@ class Verdict(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One latency of one system against another.
+    """One figure of one system against another.
 
     Attributes:
-        metric: one of ``METRICS``.
-        statistic: one of ``STATISTICS``.
-        comparison: ratio and difference in milliseconds, ours against theirs.
+        name: for people: a latency with its statistic, ``THROUGHPUT`` or ``ATTAINMENT``.
+        comparison: ratio and difference, ours against theirs.
         is_paired: whether the same requests were answered by both. Those that fail are
             often the slow ones, so leaving them out on one side makes that side look good.
-        count: requests of each system.
+        is_enough: whether there were requests enough for this statistic.
+        is_more_better: whether more is better; then the difference decides, as theirs may be 0.
     """
 
-    metric: str
-    statistic: str
+    name: str
     comparison: Comparison
     is_paired: bool
-    count: int
-
-    @property
-    def name(self) -> str:
-        """For people."""
-        return f"{METRICS[self.metric]} {self.statistic}"
+    is_enough: bool = True
+    is_more_better: bool = False
 
     @property
     def verdict(self) -> Verdict:
         """What can be said."""
         if not self.is_paired:
             return Verdict.WITHHELD
-        if self.statistic == "P99" and self.count < FEW_FOR_P99:
+        if not (self.is_enough and self.comparison.is_enough):
             return Verdict.FEW
+        if self.is_more_better:
+            return verdict_of(self.comparison.difference, same=0.0, is_more_better=True)
         return verdict_of(self.comparison.ratio)
 
 
-def verdict_of(ratio: Interval) -> Verdict:
-    """Return what the interval of a ratio says, where less is better; 1 must be outside."""
-    if math.isnan(ratio.low) or ratio.low <= 1 <= ratio.high:
+def verdict_of(interval: Interval, *, same: float = 1.0, is_more_better: bool = False) -> Verdict:
+    """Return what an interval says.
+
+    Args:
+        interval: of a ratio or a difference.
+        same: what equal systems have, which must be outside.
+        is_more_better: whether what is above that is better.
+    """
+    if math.isnan(interval.low) or interval.low <= same <= interval.high:
         return Verdict.OPEN
-    return Verdict.BETTER if ratio.high < 1 else Verdict.WORSE
+    return Verdict.BETTER if (interval.low > same) is is_more_better else Verdict.WORSE
 
 
 def compare(
-    ours: Sequence[Sequence[Record]],
-    theirs: Sequence[Sequence[Record]],
-    metrics: Sequence[str],
-    *,
-    seed: int = 1,
+    ours: Sequence[Sequence[Record]], theirs: Sequence[Sequence[Record]], metrics: Sequence[str]
 ) -> list[Finding]:
-    """Compare two systems that were asked the same requests at the same times.
+    """Compare latencies of two systems that were asked the same requests at the same times.
 
     Args:
         ours: records of each seed.
         theirs: those of the other system, of the same seeds.
-        metrics: which latencies.
-        seed: of the bootstrap.
+        metrics: which latencies, of ``METRICS``.
     """
-    count = sum(len(run) for run in ours)
-    is_paired = _answered(ours) == _answered(theirs)
+    is_paired = is_answered_alike(ours, theirs)
     findings = []
     for metric in metrics:
         first, second = ([metric_values(run, metric) for run in runs] for runs in (ours, theirs))
-        compared = paired_bootstrap(first, second, list(STATISTICS.values()), seed=seed)
+        count = min(sum(values.size for run in runs for values in run) for runs in (first, second))
+        compared = paired(first, second, list(STATISTICS.values()))
         findings += [
-            Finding(metric, name, one, is_paired, count)
+            Finding(
+                f"{METRICS[metric]} {name}",
+                one,
+                is_paired,
+                is_enough=name != "P99" or count >= FEW_FOR_P99,
+            )
             for name, one in zip(STATISTICS, compared, strict=True)
         ]
     return findings
 
 
-def _answered(runs: Sequence[Sequence[Record]]) -> list[list[bool]]:
-    return [[record.is_ok for record in run] for run in runs]
+def compare_attainment(
+    ours: Sequence[Sequence[Record]], theirs: Sequence[Sequence[Record]], objectives: Objectives
+) -> Finding:
+    """Compare the parts of the same requests that met all objectives; one that failed did not."""
+    first, second = (
+        [[np.asarray([float(objectives.are_met_by(one))]) for one in run] for run in runs]
+        for runs in (ours, theirs)
+    )
+    (found,) = paired(first, second, [mean])
+    return Finding(ATTAINMENT, found, is_paired=True, is_more_better=True)
+
+
+def compare_throughput(ours: Sequence[Run], theirs: Sequence[Run], *, is_paired: bool) -> Finding:
+    """Compare answers per second.
+
+    Args:
+        ours: of each seed, the rates in equal parts of the same time; see ``answer_rates``.
+        theirs: those of the other system.
+        is_paired: whether both answered the same requests.
+    """
+    (found,) = paired(ours, theirs, [mean])
+    return Finding(THROUGHPUT, found, is_paired, is_more_better=True)
+
+
+def is_answered_alike(ours: Sequence[Sequence[Record]], theirs: Sequence[Sequence[Record]]) -> bool:
+    """Return whether both systems failed the same requests, or none."""
+    first, second = ([[one.is_ok for one in run] for run in runs] for runs in (ours, theirs))
+    return first == second

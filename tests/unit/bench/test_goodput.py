@@ -16,10 +16,8 @@ from vllm_pd.bench.goodput import (
 from vllm_pd.errors import ConfigError
 
 
-def trial(rate: float, met: int, count: int = 100, *, num_seeds: int = 1) -> Trial:
-    rng = np.random.default_rng(round(1000 * rate))
-    runs = [rng.permutation([True] * met + [False] * (count - met)) for _ in range(num_seeds)]
-    return Trial(rate, [run.tolist() for run in runs])
+def trial(rate: float, met: int, count: int = 100) -> Trial:
+    return Trial(rate, met / count, count)
 
 
 def cliff(at: float, rates: list[float]):  # type: ignore[no-untyped-def]
@@ -57,11 +55,11 @@ def test_rate_passes_by_its_lower_bound_only() -> None:
 
 
 def test_unstable_rate_never_passes() -> None:
-    assert not Trial(1.0, [[True] * 100], is_stable=False).passes(0.9)
+    assert not Trial(1.0, 1.0, 100, is_stable=False).passes(0.9)
 
 
 def test_goodput_lies_below_a_rate_without_a_steady_state() -> None:
-    overload = Trial(2.0, [[True] * 100], is_stable=False)
+    overload = Trial(2.0, 1.0, 100, is_stable=False)
     found = goodput_interval([trial(1.0, 98), overload], 0.9, seed=1)
     assert 1.0 < found.value < 1.2
     assert found.high < 1.2
@@ -86,18 +84,48 @@ def test_crossing_is_interpolated(points: dict[float, float], rate: float) -> No
 
 
 def test_goodput_has_an_interval_around_the_crossing() -> None:
-    trials = [trial(1.0, 98, num_seeds=3), trial(2.0, 80, num_seeds=3)]
-    found = goodput_interval(trials, 0.9, seed=1)
+    found = goodput_interval([trial(1.0, 294, 300), trial(2.0, 240, 300)], 0.9, seed=1)
     assert found.value == pytest.approx(1 + 8 / 18)
     assert 1.2 < found.low < found.value < found.high < 1.7
 
 
+def test_rate_at_which_nothing_was_missed_is_not_taken_for_certain() -> None:
+    few, many = (
+        goodput_interval([trial(1.0, count, count), trial(2.0, 0, count)], 0.9, seed=1)
+        for count in (40, 4000)
+    )
+    assert few.high - few.low > 3 * (many.high - many.low) > 0
+
+
 def test_ratio_of_two_goodputs_has_an_interval() -> None:
-    ours = [trial(2.0, 98, num_seeds=3), trial(4.0, 80, num_seeds=3)]
-    theirs = [trial(1.0, 98, num_seeds=3), trial(2.0, 80, num_seeds=3)]
+    ours = [trial(2.0, 294, 300), trial(4.0, 240, 300)]
+    theirs = [trial(1.0, 294, 300), trial(2.0, 240, 300)]
     found = goodput_ratio(ours, theirs, 0.9, seed=1)
     assert found.value == pytest.approx(2.0)
     assert 1.5 < found.low < 2.0 < found.high < 2.6
+
+
+TRUE = {1.0: 0.98, 2.0: 0.8}
+"""Attainment by rate."""
+
+
+def test_equal_goodputs_are_rarely_told_apart() -> None:
+    rng = np.random.default_rng(7)
+    told_apart = 0
+    for number in range(100):
+        systems = [
+            [Trial(rate, rng.binomial(200, share) / 200, 200) for rate, share in TRUE.items()]
+            for _ in range(2)
+        ]
+        found = goodput_ratio(*systems, 0.9, seed=number)
+        told_apart += not found.low <= 1 <= found.high
+    assert told_apart <= 9
+
+
+def test_few_independent_requests_cannot_pass() -> None:
+    assert not Trial(1.0, 1.0, 34).is_enough(0.9)
+    assert not Trial(1.0, 1.0, 34).passes(0.9)
+    assert Trial(1.0, 1.0, 36).passes(0.9)
 
 
 @pytest.mark.parametrize("options", [{"start": 0.0}, {"start": 1.0, "target": 1.0}])

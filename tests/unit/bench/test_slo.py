@@ -17,7 +17,7 @@ def test_all_objectives_must_be_met_by_the_same_request() -> None:
         record(ttft=0.1, gaps=[0.04], error="lost"),
     ]
     assert [OBJECTIVES.are_met_by(one) for one in records] == [True, False, False, False]
-    assert attainment(records, OBJECTIVES).value == 0.25
+    assert attainment([records], OBJECTIVES).value == 0.25
 
 
 def test_late_client_counts_against_the_objective() -> None:

@@ -6,7 +6,7 @@ import pytest
 from tests.unit.bench.queue import record, serve
 from vllm_pd.bench.arrivals import gamma_arrivals
 from vllm_pd.bench.records import Record
-from vllm_pd.bench.steady import Regime, in_flight, judge
+from vllm_pd.bench.steady import Regime, answer_rates, in_flight, judge
 
 
 def queue(load: float, count: int, seed: int) -> list[Record]:
@@ -67,3 +67,22 @@ def test_window_leaves_out_the_first_tenth() -> None:
 def test_requests_are_in_flight_from_when_they_are_due_until_their_last_token() -> None:
     records = [record(due=0.0, ttft=1.0), record(due=0.5, ttft=1.0), record(error="lost")]
     assert in_flight(records, [0.2, 0.7, 1.2, 2.0]) == [1, 2, 1, 0]
+
+
+def test_throughput_leaves_out_start_and_drain() -> None:
+    records = serve([n / 10 for n in range(400)], 0.2)  # half of them wait for the end
+    rates = np.concatenate(answer_rates(records))
+    assert len(rates) == 20
+    assert rates.mean() == pytest.approx(5.0, rel=0.02)
+
+
+def test_throughput_of_a_backlog_lasts_until_the_last_answer() -> None:
+    (rate,) = answer_rates(serve([0.0] * 40, 0.1))
+    assert rate == pytest.approx(10.0)
+
+
+def test_failed_requests_are_no_throughput() -> None:
+    (rate,) = answer_rates([*serve([0.0] * 40, 0.1), record(error="lost")])
+    assert rate == pytest.approx(10.0)
+    (nothing,) = answer_rates([record(error="lost")] * 3)
+    assert nothing == 0.0

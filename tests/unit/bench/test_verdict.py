@@ -2,11 +2,25 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 
 from tests.unit.bench.queue import record
-from vllm_pd.bench.stats import Interval
-from vllm_pd.bench.verdict import STATISTICS, Verdict, compare, verdict_of
+from vllm_pd.bench.records import Record
+from vllm_pd.bench.slo import Objectives
+from vllm_pd.bench.stats import Interval, Run
+from vllm_pd.bench.verdict import (
+    STATISTICS,
+    Verdict,
+    compare,
+    compare_attainment,
+    compare_throughput,
+    verdict_of,
+)
+
+
+def answered(ttft: float, *, gaps: tuple[float, ...] = (), count: int = 300) -> list[Record]:
+    return [record(due=float(n), ttft=ttft, gaps=gaps) for n in range(count)]
 
 
 @pytest.mark.parametrize(
@@ -25,10 +39,15 @@ def test_difference_counts_if_the_interval_excludes_1(
     assert verdict_of(Interval(1.0, low, high)) is verdict
 
 
+def test_verdict_of_a_difference_where_more_is_better() -> None:
+    assert verdict_of(Interval(0.2, 0.1, 0.3), same=0.0, is_more_better=True) is Verdict.BETTER
+    assert verdict_of(Interval(-0.2, -0.3, -0.1), same=0.0, is_more_better=True) is Verdict.WORSE
+    assert verdict_of(Interval(0.0, 0.0, 0.0), same=0.0, is_more_better=True) is Verdict.OPEN
+
+
 def test_every_statistic_of_every_metric_is_compared() -> None:
-    ours = [[record(due=float(n), ttft=0.1, gaps=[0.01, 0.02]) for n in range(300)]]
-    theirs = [[record(due=float(n), ttft=0.2, gaps=[0.02, 0.04]) for n in range(300)]]
-    findings = compare(ours, theirs, ("ttft", "itl"))
+    ours, theirs = answered(0.1, gaps=(0.01, 0.02)), answered(0.2, gaps=(0.02, 0.04))
+    findings = compare([ours], [theirs], ("ttft", "itl"))
     assert len(findings) == 2 * len(STATISTICS)
     assert {finding.verdict for finding in findings} == {Verdict.BETTER}
     assert findings[0].name == "TTFT mean"
@@ -37,7 +56,40 @@ def test_every_statistic_of_every_metric_is_compared() -> None:
 
 
 def test_p99_of_few_requests_has_no_verdict() -> None:
-    ours = [[record(due=float(n), ttft=0.1) for n in range(298)]]
-    theirs = [[record(due=float(n), ttft=0.2) for n in range(298)]]
-    verdicts = {one.statistic: one.verdict for one in compare(ours, theirs, ("ttft",))}
-    assert verdicts == {"mean": Verdict.BETTER, "P50": Verdict.BETTER, "P99": Verdict.FEW}
+    found = compare([answered(0.1, count=298)], [answered(0.2, count=298)], ("ttft",))
+    assert {one.name: one.verdict for one in found} == {
+        "TTFT mean": Verdict.BETTER,
+        "TTFT P50": Verdict.BETTER,
+        "TTFT P99": Verdict.FEW,
+    }
+
+
+def test_run_that_is_short_against_its_memory_has_no_verdict() -> None:
+    drift = [record(due=float(n), ttft=0.1 + 0.01 * n) for n in range(30)]
+    (mean, *_) = compare([drift], [answered(1.0, count=30)], ("ttft",))
+    assert mean.verdict is Verdict.FEW
+
+
+def test_part_that_met_the_objectives_is_better_where_it_is_larger() -> None:
+    ours = [answered(0.1)]
+    theirs = [[record(due=float(n), ttft=0.1 if n % 3 else 0.5) for n in range(300)]]
+    found = compare_attainment(ours, theirs, Objectives(ttft_ms=200))
+    assert found.verdict is Verdict.BETTER
+    assert found.comparison.difference.value == pytest.approx(1 / 3)
+
+
+def test_requests_that_failed_missed_their_objectives() -> None:
+    theirs = [[record(due=float(n), error="" if n % 3 else "lost") for n in range(300)]]
+    found = compare_attainment([answered(0.1)], theirs, Objectives(ttft_ms=200))
+    assert found.verdict is Verdict.BETTER
+
+
+def rates(*values: float) -> list[Run]:
+    return [[np.asarray([value])] for value in values]
+
+
+def test_throughput_of_backlogs_needs_several_seeds() -> None:
+    ours, theirs = rates(2.0, 2.1, 2.05), rates(1.0, 1.02, 0.99)
+    assert compare_throughput(ours, theirs, is_paired=True).verdict is Verdict.BETTER
+    assert compare_throughput(ours[:2], theirs[:2], is_paired=True).verdict is Verdict.FEW
+    assert compare_throughput(ours, theirs, is_paired=False).verdict is Verdict.WITHHELD

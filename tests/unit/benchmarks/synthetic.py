@@ -13,6 +13,7 @@ from benchmarks.serving.figures import make_figures
 from benchmarks.serving.load import Run
 from vllm_pd.bench.arrivals import gamma_arrivals
 from vllm_pd.bench.records import Record
+from vllm_pd.bench.slo import Objectives
 
 LEVEL = Level(0.7, 2.0)
 
@@ -27,6 +28,7 @@ def cell(
     count: int = 80,
     lose_every: int = 0,
     overload_s: float = 0.0,
+    objectives: Objectives | None = None,
 ) -> Cell:
     """Return a cell; every arrival stalls what streams then by ``stall_s``.
 
@@ -38,7 +40,8 @@ def cell(
         runs = tuple(replace(one, records=delayed(one.records, overload_s)) for one in runs)
     if lose_every:
         runs = tuple(replace(one, records=losing(one.records, lose_every)) for one in runs)
-    return Cell(deployment, "balanced", level, runs, tuple(make_figures(one) for one in runs))
+    figures = tuple(make_figures(one, objectives) for one in runs)
+    return Cell(deployment, "balanced", level, runs, figures)
 
 
 def delayed(records: Sequence[Record], each_s: float) -> list[Record]:

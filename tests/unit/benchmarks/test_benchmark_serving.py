@@ -12,12 +12,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from benchmarks import benchmark_serving
 from benchmarks.benchmark_serving import parse_options
 from benchmarks.transfer.pair import REPO
 from tests.unit.benchmarks.openai_server import Behaviour, serving
+from tests.unit.benchmarks.processes import children_of
 
 PROGRAM = REPO / "benchmarks/benchmark_serving.py"
 GOODPUT = ("--goodput", "ttft:150", "tpot:100")
@@ -141,7 +143,10 @@ def test_datasets_of_upstream_pass_through_with_their_arrivals_known(
 @pytest.mark.vllm
 @pytest.mark.timeout(300)
 @pytest.mark.slow
-def test_interrupted_run_writes_what_it_has_and_leaves_no_process(tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_run_writes_what_it_has_and_leaves_no_process(
+    tmp_path: Path, number: signal.Signals
+) -> None:
     json_file = tmp_path / "x.json"
     behaviour = Behaviour(first_s=0.01, gap_s=0.001)
     with serving(behaviour) as url:
@@ -151,10 +156,10 @@ def test_interrupted_run_writes_what_it_has_and_leaves_no_process(tmp_path: Path
             [*command, "--json", str(json_file)], stderr=subprocess.PIPE, text=True
         )
         reached = threading.Event()
-        behaviour.on_prompt = lambda number: reached.set() if number == 20 else None
+        behaviour.on_prompt = lambda count: reached.set() if count == 20 else None
         assert reached.wait(90)
         children = children_of(process.pid)
-        process.send_signal(signal.SIGINT)
+        process.send_signal(number)
         _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "interrupted" in errors
@@ -163,10 +168,6 @@ def test_interrupted_run_writes_what_it_has_and_leaves_no_process(tmp_path: Path
     found = json.loads(json_file.read_text())["measured"]
     assert found["is_interrupted"]
     assert 15 <= found["figures"]["count"] < 1000
-
-
-def children_of(pid: int) -> list[int]:
-    return [int(text) for text in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
 @pytest.mark.parametrize(
@@ -180,6 +181,8 @@ def children_of(pid: int) -> list[int]:
         (["--json", "/no/such/folder/x.json"], "there is no folder"),
         (["--dataset-path", "/no/such/file.json"], "cannot read /no/such/file.json"),
         (["--workload", "sharegpt", "--trace", "x"], "exclude each other"),
+        (["--burstiness", "0"], "not a positive number"),
+        (["--burstiness", "2", "--trace", "x"], "a trace has its own"),
     ],
 )
 def test_bad_option_is_one_line(
@@ -231,6 +234,24 @@ def test_dataset_that_does_not_parse_is_one_line_that_names_it(
     (tmp_path / name).write_text(text)
     message = error_of(capsys, "--dataset-path", str(tmp_path / name))
     assert f"{name}, line {line}: " in message
+
+
+def test_burstiness_of_a_workload_is_drawn_here_and_of_a_dataset_by_upstream() -> None:
+    args = ["--burstiness", "0.25"]
+    own = parse_options(["--workload", "balanced", *args])
+    assert (own.burstiness, own.upstream) == (0.25, ())
+    assert parse_options(args).upstream == ("--burstiness", "0.25")
+
+
+@pytest.mark.vllm
+@pytest.mark.timeout(300)
+@pytest.mark.slow
+def test_workload_comes_in_bursts_if_asked_to(server: str, tmp_path: Path) -> None:
+    args = ["--workload", "balanced", "--request-rate", "50", "--burstiness", "0.05"]
+    data = measure(server, tmp_path / "x.json", *args, "--warm-up", "0", num=200)
+    due = np.asarray([request["intended_s"] for request in data["measured"]["requests"]])
+    gaps = np.diff(due)
+    assert gaps.std() / gaps.mean() > 2.5  # 4.5 in the long run, 1 without
 
 
 def test_what_is_not_known_is_passed_on_to_upstream() -> None:

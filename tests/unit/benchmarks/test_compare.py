@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import signal
+import subprocess
+import sys
+import threading
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -15,13 +19,23 @@ import pytest
 from benchmarks import compare
 from benchmarks.comparing import options
 from benchmarks.comparing.cells import Cell, Level, cell_rows, duel_rows, duels
-from benchmarks.comparing.deployments import PD, REPLICAS, Site, device_env, routed, topology
+from benchmarks.comparing.deployments import (
+    CONTROL,
+    PD,
+    REPLICAS,
+    Site,
+    device_env,
+    routed,
+    topology,
+)
 from benchmarks.comparing.measuring import Effort, requests_of
 from benchmarks.comparing.plots import draw_all
 from benchmarks.comparing.report import write_report
-from benchmarks.transfer.pair import BenchError
+from benchmarks.transfer.pair import REPO, BenchError
 from tests.unit.benchmarks.openai_server import Behaviour, serving
+from tests.unit.benchmarks.processes import children_of
 from tests.unit.benchmarks.synthetic import cell
+from vllm_pd.bench.slo import Objectives
 from vllm_pd.bench.verdict import Verdict
 from vllm_pd.bench.workload import with_other_prompts
 from vllm_pd.config import Topology, from_mapping
@@ -84,6 +98,24 @@ def test_regime_is_in_every_row_and_sentence(ours: Cell, regime: str) -> None:
     assert {label["regime of that"] for label in labels} == {theirs.regime.value}
 
 
+def test_throughput_and_attainment_have_a_verdict() -> None:
+    objectives = Objectives(ttft_ms=1000, tpot_ms=40)
+    ours = cell(PD, count=180, objectives=objectives)
+    theirs = cell(REPLICAS, stall_s=0.3, count=180, objectives=objectives)
+    (duel,) = duels([ours, theirs], PD)
+    verdicts = {finding.name: finding.verdict for finding in duel.findings}
+    assert verdicts["throughput"] is Verdict.OPEN
+    assert verdicts["SLO attainment"] is Verdict.BETTER
+    assert "SLO attainment +" in duel.sentence()
+    figures = {row.figure for row in duel_rows([duel])}
+    assert {"ratio of throughput", "difference of SLO attainment"} <= figures
+
+
+def test_control_is_compared_with_the_baseline_only() -> None:
+    (duel,) = duels([cell(PD), cell(REPLICAS), cell(CONTROL)], CONTROL, REPLICAS)
+    assert (duel.ours.deployment, duel.theirs.deployment) == (CONTROL, REPLICAS)
+
+
 def test_only_the_same_load_is_compared() -> None:
     assert duels([cell(PD), cell(REPLICAS, level=Level(0.25, 1.0))], PD) == []
     assert duels([cell(PD), cell(REPLICAS, count=50)], PD) == []  # it was interrupted
@@ -94,6 +126,7 @@ def test_report_has_tables_verdicts_and_pictures(cells: list[Cell], tmp_path: Pa
     assert "## balanced, 70% of capacity" in text
     assert "pd against replicas is better" in text
     assert "**a note**" in text
+    assert "| balanced | 70% of capacity | pd / replicas | **1.50 x (" in text
     for name in ("cdf", "itl-over-time"):
         picture = tmp_path / "plots" / f"balanced-70percent-{name}"
         assert f"plots/{picture.name}.png" in text
@@ -124,8 +157,8 @@ def test_what_is_not_distinguishable_is_not_called_equal(tmp_path: Path) -> None
 def test_report_says_what_no_interval_shows(cells: list[Cell], tmp_path: Path) -> None:
     text = write_report(tmp_path, cells, {}, [])
     assert "what changed on the machine between them" in text
-    assert "of a single seed" in text
-    assert "P99 of fewer than 299 requests has no verdict" in text
+    assert "P99 of fewer than 299 values, there is a ratio but no verdict" in text
+    assert "What this does not mean" in text
 
 
 def test_several_loads_give_a_curve(tmp_path: Path) -> None:
@@ -198,6 +231,7 @@ def test_devices_are_given_by_the_variable_of_their_kind() -> None:
         (["--duration", "inf"], "not a number of seconds"),
         (["--seeds", "0"], "not a positive number"),
         (["--workload", "chat"], "invalid choice: 'chat'"),
+        (["--goodput", "itl:5"], "objective 'itl:5'"),
     ],
 )
 def test_bad_option_is_one_line(
@@ -208,6 +242,45 @@ def test_bad_option_is_one_line(
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
+
+
+DRIVER = """
+import contextlib, sys
+from benchmarks import compare
+
+@contextlib.contextmanager
+def deployed(name, site):
+    yield {url!r}
+
+compare.deployed = deployed  # everything but the engines
+sys.exit(compare.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.vllm
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_comparison_reports_what_it_has_and_leaves_no_process(
+    tmp_path: Path, number: signal.Signals
+) -> None:
+    output = tmp_path / "out"
+    behaviour = Behaviour(first_s=0.01, gap_s=0.001)
+    reached = threading.Event()
+    behaviour.on_prompt = lambda count: reached.set() if count == 40 else None
+    with serving(behaviour) as url:
+        command = [sys.executable, "-c", DRIVER.format(url=url), "--model", "m", "--device", "cpu"]
+        command += ["--workload", "balanced", "--rate", "20", "--duration", "60", "--seeds", "1"]
+        process = subprocess.Popen([*command, "--output", str(output)], cwd=REPO)
+        assert reached.wait(200)
+        children = children_of(process.pid)
+        process.send_signal(number)
+        process.wait(60)
+    assert process.returncode == 130
+    assert children
+    assert not [pid for pid in children if Path(f"/proc/{pid}").exists()]
+    assert "It was interrupted" in (output / "report.md").read_text()
+    assert 20 <= len(json.loads((output / "raw/balanced-20rps-replicas-1.json").read_text())) < 1200
 
 
 def test_no_prompt_of_a_comparison_comes_twice() -> None:

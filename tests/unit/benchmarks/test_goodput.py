@@ -20,7 +20,7 @@ PLAN = Plan("balanced", Objectives(ttft_ms=500, tpot_ms=50), 1.0, 0.9, 0.05, Eff
 
 
 def trial(rate: float, met: int) -> Trial:
-    return Trial(rate, [[number >= 100 - met for number in range(100)]] * 3)
+    return Trial(rate, met / 100, 300)
 
 
 def search(*trials: Trial) -> Search:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 from pathlib import Path
 
@@ -47,6 +48,35 @@ def test_every_benchmark_is_run_although_one_fails(fake_python: Path, tmp_path: 
     assert done.returncode == 1
     assert done.stderr == "error: failed: router-overhead\n"
     assert (tmp_path / "results/router-overhead.txt").read_text() == "error: no router\n"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signal_ends_the_benchmark_that_runs_as_ctrl_c_does(
+    tmp_path: Path, number: signal.Signals
+) -> None:
+    python = tmp_path / "python"
+    python.write_text(
+        '#!/bin/sh\ncase "$1" in benchmarks/*) ;; *) exit 0;; esac\n'
+        "trap 'echo written; exit 130' INT\necho started\nwhile :; do sleep 0.05; done\n"
+    )
+    python.chmod(0o755)
+    env = {**os.environ, "PYTHON": str(python), "RESULTS": str(tmp_path / "results")}
+    with subprocess.Popen(
+        ["bash", str(SCRIPT)],
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    ) as script:
+        assert script.stdout is not None
+        assert any(line == "started\n" for line in script.stdout)
+        script.send_signal(number)
+        _, errors = script.communicate(timeout=60)
+    assert script.returncode == 130
+    assert "interrupted: what there is, is in " in errors
+    assert (tmp_path / "results/kv-transfer.txt").read_text() == "started\nwritten\n"
+    assert not (tmp_path / "results/router-overhead.txt").exists()
 
 
 def test_environment_is_written_down(fake_python: Path, tmp_path: Path) -> None:

@@ -1,0 +1,225 @@
+"""Intervals of what was measured of requests that waited for each other. Pure.
+
+Neighbours in a queue are alike, so requests are no independent sample, and a run that saw no
+burst knows neither how dear one is nor how rare. Three things make up for that:
+
+- The runs are cut into few long blocks. Each is left out once (the jackknife), and Student's
+  quantile is that of so few blocks.
+- Figures that are positive have intervals of their logarithms.
+- The interval is longer on the side where bursts would lie: by the skewness of what requests
+  contribute and by their memory, as in the corrections of t intervals for skewed samples
+  (Johnson, 1978). How much longer was found by simulation.
+
+In simulation (two M/D/1 queues with the same arrivals, at loads of 0.56 and 0.7; one seed of 40 to
+400 requests, or two) the interval of the ratio of means covers in about 90 % of the cases; without
+the last step in 71 to 87 %.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import NormalDist
+
+import numpy as np
+
+from vllm_pd.bench.stats import LEVEL, Interval, Run, Statistic, Values, mean, memory, ratio
+
+_MIN_BLOCKS = 4
+_BLOCK_LEN = 40
+"""Requests of a block, unless there are too few for ``_MIN_BLOCKS`` of them."""
+
+_DIGITS = 9
+"""Of contributions; what differs by less is equal, and remembers nothing."""
+
+_BURSTS = 3.0
+"""How much longer an interval is where bursts would lie, per skewness and standard error."""
+
+_MIN_INDEPENDENT = 8
+"""Independent requests that those of all runs must be worth."""
+
+_MIN_RUNS = 3
+"""Runs that are enough where each is a block: the quantile of Student's distribution is 4.3
+for three, and 12.7 for two."""
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """One system against another on the same requests.
+
+    Attributes:
+        ratio: of their statistics, first over second.
+        difference: the same, first minus second.
+        is_enough: whether the runs were long against their memory, or there were enough of
+            them; if not, the intervals are not to be relied on.
+    """
+
+    ratio: Interval
+    difference: Interval
+    is_enough: bool
+
+
+def intervals(runs: Sequence[Run], statistics: Sequence[Statistic]) -> list[Interval]:
+    """Return statistics of all values with their intervals; NaN bounds for a single request.
+
+    Args:
+        runs: one for each seed of the workload.
+        statistics: of the values of all requests together; positive.
+    """
+    pool, blocks = _Pool(runs), _Blocks(_levels(runs), [len(run) for run in runs])
+    return [
+        blocks.of_positive(
+            statistic(pool.all()), [statistic(pool.without(one)) for one in blocks.ranges]
+        )
+        for statistic in statistics
+    ]
+
+
+def paired(
+    ours: Sequence[Run], theirs: Sequence[Run], statistics: Sequence[Statistic]
+) -> list[Comparison]:
+    """Compare statistics of two systems that were asked the same at the same times.
+
+    The same requests of both are left out at a time, so what makes a request dear to
+    both does not widen the interval.
+
+    Raises:
+        ValueError: they were not asked the same number of requests.
+    """
+    counts = [len(run) for run in ours]
+    if counts != [len(run) for run in theirs]:
+        raise ValueError("both systems must have been asked the same requests")
+    pools = _Pool(ours), _Pool(theirs)
+    blocks = _Blocks(_contrasts(ours, theirs), counts)
+    found = []
+    for statistic in statistics:
+        one, other = (statistic(pool.all()) for pool in pools)
+        left = [[statistic(pool.without(part)) for pool in pools] for part in blocks.ranges]
+        found.append(
+            Comparison(
+                ratio=blocks.of_positive(ratio(one, other), [ratio(a, b) for a, b in left]),
+                difference=blocks.of_any(one - other, [a - b for a, b in left]),
+                is_enough=blocks.are_enough,
+            )
+        )
+    return found
+
+
+def student(num_free: float) -> float:
+    """Return the two-sided quantile of Student's distribution at ``LEVEL``.
+
+    By the first terms of its expansion (Abramowitz and Stegun, 26.7.5): right to 1 % from
+    two degrees of freedom on, and too small by 11 % for one.
+    """
+    z = NormalDist().inv_cdf((1 + LEVEL) / 2)
+    terms = (
+        (z**3 + z) / 4,
+        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
+        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
+        (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92160,
+    )
+    return z + sum(term / num_free**power for power, term in enumerate(terms, 1))
+
+
+class _Blocks:
+    """Runs in blocks of neighbours, and what is to be made of leaving one of them out.
+
+    Args:
+        contributions: what each request of a run that has any adds to the figure, in
+            comparison with the mean.
+        counts: requests of each run.
+    """
+
+    def __init__(self, contributions: Sequence[Values], counts: Sequence[int]) -> None:
+        wanted = max(_MIN_BLOCKS, sum(counts) // _BLOCK_LEN)
+        per_run = -(-wanted // max(len(counts), 1))
+        self.ranges = _ranges(counts, per_run)
+        contributions = [one.round(_DIGITS) for one in contributions]
+        values = np.concatenate([np.zeros(0), *contributions])
+        count = max(values.size, 1)
+        remembered = max(sum(one.size * memory(one) for one in contributions) / count, 1.0)
+        self._skewness = _skewness(values)
+        self._longer = 1 + _BURSTS * abs(self._skewness) * math.sqrt((remembered - 1) / count)
+        if len(self.ranges) == len(counts):  # each is a run, and runs are independent
+            self.are_enough = len(counts) >= _MIN_RUNS
+        else:
+            self.are_enough = count / remembered >= _MIN_INDEPENDENT
+
+    def of_positive(self, value: float, left: Sequence[float]) -> Interval:
+        """Return the interval of a positive figure, by its logarithm.
+
+        Args:
+            value: of all requests.
+            left: the same without each of the blocks.
+        """
+        if not all(0 < one < math.inf for one in (value, *left)):
+            return Interval(value, math.nan, math.nan)
+        found = self.of_any(math.log(value), [math.log(one) for one in left])
+        return Interval(value, math.exp(found.low), math.exp(found.high))
+
+    def of_any(self, value: float, left: Sequence[float]) -> Interval:
+        """Return the interval of any figure."""
+        num = len(left)
+        if num < 2 or math.isnan(value):
+            return Interval(value, math.nan, math.nan)
+        deviations = np.asarray(left) - np.mean(left)
+        half = student(num - 1) * math.sqrt((num - 1) / num * float((deviations**2).sum()))
+        below = half * (self._longer if self._skewness < 0 else 1)
+        above = half * (self._longer if self._skewness > 0 else 1)
+        return Interval(value, value - below, value + above)
+
+
+def _ranges(counts: Sequence[int], per_run: int) -> list[range]:
+    """Return blocks of about equal length as ranges of requests, counted through all runs."""
+    found: list[range] = []
+    start = 0
+    for count in counts:
+        edges = np.linspace(start, start + count, min(per_run, count) + 1).round().astype(int)
+        found += [range(a, b) for a, b in itertools.pairwise(edges.tolist())]
+        start += count
+    return found
+
+
+def _levels(runs: Sequence[Run]) -> list[Values]:
+    """Return what each request that has any values adds to the logarithm of the mean."""
+    return _contrasts(runs, [[np.ones(1)] * len(run) for run in runs])
+
+
+def _contrasts(ours: Sequence[Run], theirs: Sequence[Run]) -> list[Values]:
+    """Return what each request that both answered adds to the logarithm of the ratio of means."""
+    both = [
+        np.asarray(
+            [(a.mean(), b.mean()) for a, b in zip(*runs, strict=True) if a.size and b.size],
+            dtype=np.float64,
+        ).reshape(-1, 2)
+        for runs in zip(ours, theirs, strict=True)
+    ]
+    first, second = np.concatenate([np.zeros((0, 2)), *both]).T
+    means = mean(first) or 1.0, mean(second) or 1.0
+    return [run[:, 0] / means[0] - run[:, 1] / means[1] for run in both]
+
+
+def _skewness(values: Values) -> float:
+    deviations = values - mean(values)
+    variance = mean(deviations**2)
+    return mean(deviations**3) / variance**1.5 if variance > 0 else 0.0
+
+
+class _Pool:
+    """The values of all requests of some runs, of which a block can be left out quickly."""
+
+    def __init__(self, runs: Sequence[Run]) -> None:
+        self._values = np.concatenate([np.zeros(0), *(values for run in runs for values in run)])
+        sizes = np.asarray([len(values) for run in runs for values in run], dtype=np.int64)
+        self._starts = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(sizes)])
+
+    def all(self) -> Values:
+        """Return the values of every request."""
+        return self._values
+
+    def without(self, block: range) -> Values:
+        """Return those of all requests but these, counted through all runs."""
+        start, stop = self._starts[block.start], self._starts[block.stop]
+        return np.concatenate([self._values[:start], self._values[stop:]])
