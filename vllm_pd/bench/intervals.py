@@ -10,9 +10,11 @@ burst knows neither how dear one is nor how rare. Three things make up for that:
   contribute and by their memory, as in the corrections of t intervals for skewed samples
   (Johnson, 1978). How much longer was found by simulation.
 
-In simulation (two M/D/1 queues with the same arrivals, at loads of 0.56 and 0.7; one seed of 40 to
-400 requests, or two) the interval of the ratio of means covers in about 90 % of the cases; without
-the last step in 71 to 87 %.
+In simulation (two M/D/1 queues with the same arrivals, at loads of 0.56 and 0.7; one seed of 40,
+80, 120, 200 and 400 requests, and two of 40, 120 and 200) the interval of the ratio of means covers
+in 90, 91, 94, 94, 91, 96, 95 and 94 % of the cases, and without the last step in 71 to 87 %. The
+mean of one queue is covered in 90 to 95 %. P99 is harder: the ratio of 300 to 400 requests is
+covered in 86 %. Of runs that are short against their memory nothing is said; see ``Comparison``.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ import numpy as np
 from vllm_pd.bench.stats import LEVEL, Interval, Run, Statistic, Values, mean, memory, ratio
 
 _MIN_BLOCKS = 4
-_BLOCK_LEN = 40
+_BLOCK_LEN = 80
 """Requests of a block, unless there are too few for ``_MIN_BLOCKS`` of them."""
 
 _DIGITS = 9
@@ -211,7 +213,8 @@ class _Pool:
     """The values of all requests of some runs, of which a block can be left out quickly."""
 
     def __init__(self, runs: Sequence[Run]) -> None:
-        self._values = np.concatenate([np.zeros(0), *(values for run in runs for values in run)])
+        every = (values for run in runs for values in run)
+        self._values: Values = np.concatenate([np.zeros(0), *every])
         sizes = np.asarray([len(values) for run in runs for values in run], dtype=np.int64)
         self._starts = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(sizes)])
 

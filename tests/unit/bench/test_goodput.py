@@ -113,11 +113,11 @@ def test_equal_goodputs_are_rarely_told_apart() -> None:
     rng = np.random.default_rng(7)
     told_apart = 0
     for number in range(100):
-        systems = [
+        ours, theirs = (
             [Trial(rate, rng.binomial(200, share) / 200, 200) for rate, share in TRUE.items()]
             for _ in range(2)
-        ]
-        found = goodput_ratio(*systems, 0.9, seed=number)
+        )
+        found = goodput_ratio(ours, theirs, 0.9, seed=number)
         told_apart += not found.low <= 1 <= found.high
     assert told_apart <= 9
 

@@ -7,10 +7,8 @@ import math
 import numpy as np
 import pytest
 
-from tests.unit.bench.queue import serve
 from vllm_pd.bench.arrivals import gamma_arrivals
 from vllm_pd.bench.intervals import intervals, paired, student
-from vllm_pd.bench.records import metric_values
 from vllm_pd.bench.stats import Run, mean, percentile
 
 NUM_SIMULATIONS = 200
@@ -23,7 +21,11 @@ def run_of(values: np.ndarray) -> Run:
 def queue(seed: int, count: int, service_s: float) -> Run:
     """Return latencies of an M/D/1 queue with 7 arrivals a second, once it has filled up."""
     arrivals = gamma_arrivals(count + 200, 7.0, 1.0, np.random.default_rng(seed))
-    return metric_values(serve(arrivals.tolist(), service_s)[200:], "ttft")
+    latency_ms, found = 0.0, []
+    for gap_ms in np.diff(1e3 * arrivals, prepend=0.0).tolist():
+        latency_ms = max(latency_ms - gap_ms, 0.0) + 1e3 * service_s  # Lindley's recursion
+        found.append(latency_ms)
+    return run_of(np.asarray(found[200:]))
 
 
 def mean_of_queue(service_s: float) -> float:
@@ -55,7 +57,7 @@ def test_paired_ratio_of_two_queues_is_covered_as_often_as_is_documented(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("count", "seeds"), SIZES)
+@pytest.mark.parametrize(("count", "seeds"), SIZES[::3])
 def test_mean_of_a_queue_is_covered_as_often_as_is_documented(count: int, seeds: int) -> None:
     covered = 0
     for number in range(NUM_SIMULATIONS):

@@ -143,6 +143,23 @@ def test_datasets_of_upstream_pass_through_with_their_arrivals_known(
 @pytest.mark.vllm
 @pytest.mark.timeout(300)
 @pytest.mark.slow
+def test_warm_up_with_a_dataset_of_upstream_asks_its_prompts_backwards(tmp_path: Path) -> None:
+    behaviour = Behaviour()
+    dataset = tmp_path / "prompts.jsonl"
+    prompts = [f"one{n} two{n} three{n}" for n in range(12)]
+    dataset.write_text("".join(json.dumps({"prompt": one}) + "\n" for one in prompts))
+    with serving(behaviour) as url:
+        args = ["--dataset-name", "custom", "--dataset-path", str(dataset), "--disable-shuffle"]
+        args += ["--skip-chat-template", "--custom-output-len", "4", "--warm-up", "4"]
+        measure(url, tmp_path / "x.json", *args, num=12)
+    backwards = {f"three{n} two{n} one{n}" for n in range(12)}
+    assert set(behaviour.prompts[:4]) <= backwards
+    assert set(behaviour.prompts[4:]) == set(prompts)
+
+
+@pytest.mark.vllm
+@pytest.mark.timeout(300)
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_interrupted_run_writes_what_it_has_and_leaves_no_process(
     tmp_path: Path, number: signal.Signals
