@@ -20,7 +20,9 @@ _TIMEOUT_S = 10.0
 MAX_METRICS_LEN = 16 * 1024 * 1024
 """Longest page of metrics that is read, in bytes."""
 
-_MAX_TOLD = 4096
+MAX_TOLD = 4096
+"""Instances of which it is remembered what the log says of them."""
+
 _READ_LEN = 64 * 1024
 
 
@@ -74,7 +76,7 @@ class Probes:
     def _tell(self, base_url: str, trouble: str | None) -> None:
         """Log what no retry will mend, once; that nobody answers yet is no news."""
         if trouble is not None and self._told.get(base_url) != trouble:
-            if len(self._told) >= _MAX_TOLD:
+            if len(self._told) >= MAX_TOLD:
                 self._told.clear()  # some of them may be gone for good
             self._told[base_url] = trouble
             logger.error("instance %s cannot be used: %s", base_url, trouble)

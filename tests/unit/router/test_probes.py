@@ -75,3 +75,16 @@ async def test_endless_metrics_are_not_read(
     instance = await start_instance(behave)
     instance.metrics = None
     assert await probes.metrics_text(instance.url) is None
+
+
+async def test_what_was_logged_of_many_instances_is_not_remembered_for_ever(
+    probes: Probes,
+    start_instance: StartInstance,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(probes_module, "MAX_TOLD", 1)
+    one, other = [await start_instance(drops) for _ in range(2)]
+    for instance in (one, one, other, one):
+        assert not await probes.is_healthy(instance.url.replace("http:", "https:"))
+    assert len(caplog.records) == 3
