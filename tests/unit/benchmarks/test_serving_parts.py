@@ -39,6 +39,21 @@ def test_throughput_counts_what_was_answered() -> None:
     assert found.attainment.value == pytest.approx(0.9)
 
 
+def test_goodput_does_not_fall_with_the_drain() -> None:
+    records = [record(due=n / 10, ttft=0.05, gaps=[0.01] * 4) for n in range(300)]
+    for duration_s in (30.0, 60.0):
+        run = Run(records, is_scheduled=True, duration_s=duration_s)
+        text = tables.markdown(make_figures(run, Objectives(ttft_ms=100)))
+        assert "| goodput without start and drain, req/s | 10.0" in text
+
+
+def test_goodput_of_a_backlog_is_that_until_the_last_answer() -> None:
+    records = serve([0.0] * 40, 0.1)
+    run = Run(records, is_scheduled=True, duration_s=4.0)
+    text = tables.markdown(make_figures(run, Objectives(ttft_ms=2000.5)))
+    assert "| goodput without start and drain, req/s | 5.00 |" in text
+
+
 def test_good_run_has_no_warning() -> None:
     assert figures().warnings == []
 
