@@ -62,7 +62,8 @@ def write_report(
     for name in ("plots", "raw"):
         (folder / name).mkdir(exist_ok=True)
     _write_raw(cells, folder / "raw")
-    found = [*duels(cells, PD), *duels(cells, CONTROL, REPLICAS)]
+    compared = [cell for cell in cells if cell.deployment != CONTROL]
+    found = [*duels(compared, PD), *duels(cells, CONTROL, REPLICAS)]
     rows = [*cell_rows(cells), *duel_rows(found)]
     Report("compare", environment, rows, notes).write_json(folder / "report.json")
     text = _markdown(cells, found, environment, notes, draw_all(cells, folder / "plots"))
