@@ -174,7 +174,7 @@ def test_interrupted_run_writes_what_it_has_and_leaves_no_process(
         )
         reached = threading.Event()
         behaviour.on_prompt = lambda count: reached.set() if count == 20 else None
-        assert reached.wait(90)
+        assert reached.wait(200)
         children = children_of(process.pid)
         process.send_signal(number)
         _, errors = process.communicate(timeout=60)
