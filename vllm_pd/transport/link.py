@@ -59,7 +59,7 @@ class Link:
     Args:
         sock: the socket; the link owns it.
         max_frame_len: longest frame to accept, in bytes.
-        takes_fds: whether frames may come with descriptors.
+        takes_fds: whether the first frame may come with descriptors.
     """
 
     def __init__(
@@ -183,6 +183,7 @@ class Link:
             if not self._in_header and self._wanted == len(self._in):
                 frame, self._in = bytes(self._in), bytearray()
                 self._in_header, self._wanted = True, _HEADER.size
+                self._takes_fds = False  # they travel with the first frame, and cost every call
                 yield frame
             elif self._payload_ended:
                 self._payload_ended = False

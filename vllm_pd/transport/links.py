@@ -102,6 +102,7 @@ class _Entry:
     peer_id: str | None
     direction: Direction
     stream: int = 0
+    events: int = select.EPOLLIN  # what epoll watches for
 
 
 class LinkPool:
@@ -277,10 +278,12 @@ class LinkPool:
     def update(self, link: Link) -> None:
         """Tell epoll what a link waits for, after sending, pausing or resuming."""
         fd = link.fileno()
-        if fd in self._entries:
+        if entry := self._entries.get(fd):
             events = 0 if link.paused else select.EPOLLIN
             events |= select.EPOLLOUT if link.waits_to_write else 0
-            self._epoll.modify(fd, events)
+            if events != entry.events:
+                self._epoll.modify(fd, events)
+                entry.events = events
             if link.has_pending and not link.paused:
                 self._eager.add(fd)
                 self._again.set()
