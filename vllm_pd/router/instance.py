@@ -98,18 +98,15 @@ class Instance:
         self.num_failed += 1
         self.last_failure, self.failed_at = describe(cause), now
 
-    def view(self, role: Role, now: float) -> InstanceView:
-        """Return the instance as it is now, in one of its roles."""
-        in_flight, outstanding = self.ledger.totals()
+    def view(self, now: float) -> InstanceView:
+        """Return the instance as it is now."""
         return InstanceView(
-            role,
             self.base_url,
             self.healthy,
-            in_flight,
-            accepting=not self.draining and self.breaker.admits(now),
-            fingerprint=self.fingerprint,
-            outstanding=outstanding,
-            scrape=self.ledger.scrape,
+            not self.draining and self.breaker.admits(now),
+            self.fingerprint,
+            self.ledger.outstanding,
+            self.ledger.scrape,
         )
 
     def accepts(self, now: float) -> bool:

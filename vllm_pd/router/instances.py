@@ -197,7 +197,7 @@ class InstancePool:
     def snapshot(self, role: Role) -> tuple[InstanceView, ...]:
         """Return the instances of a role as they are now."""
         now = self._clock()
-        return tuple(one.view(role, now) for one in self._instances.values() if one.serves(role))
+        return tuple(one.view(now) for one in self._instances.values() if one.serves(role))
 
     def has_healthy(self, role: Role) -> bool:
         """Return whether a request could be sent to a role now."""

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from vllm_pd.config import Role, RouterConfig
+from vllm_pd.config import RouterConfig
 from vllm_pd.router.affinity import NO_MATCHES, Matches
 from vllm_pd.router.loads import Scrape, Work
 
@@ -39,10 +39,8 @@ class InstanceView(msgspec.Struct, frozen=True):  # some are made for each reque
     """One instance as the policy sees it at one moment.
 
     Attributes:
-        role: what the router uses it for.
         base_url: address, also its name.
         healthy: whether it answered when last asked.
-        in_flight: requests that the router has open there.
         accepting: whether it takes new requests: it is not draining, and its circuit
             breaker lets them pass.
         fingerprint: names what its KV cache is compatible with; None if unknown.
@@ -50,10 +48,8 @@ class InstanceView(msgspec.Struct, frozen=True):  # some are made for each reque
         scrape: the last reading of its metrics, or None.
     """
 
-    role: Role
     base_url: str
     healthy: bool
-    in_flight: int
     accepting: bool = True
     fingerprint: str | None = None
     outstanding: Work = _NOTHING

@@ -474,7 +474,7 @@ class Proxy:
     ) -> InstanceView | None:
         views = self._pool.snapshot(Role.DECODE)
         matches = job.matches if job else NO_MATCHES
-        by = None if producer is None else producer.view(Role.PREFILL, 0.0)
+        by = None if producer is None else producer.view(0.0)
         return policy.choose_decode(views, rng=self._rng, producer=by, matches=matches, tried=tried)
 
     def _check_decode(self) -> None:

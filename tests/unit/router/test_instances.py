@@ -94,8 +94,8 @@ def test_an_instance_in_both_lists_does_both() -> None:
     pool = unwatched([P1], [P1])
 
     assert [one.role for one in pool] == [RoleLabel.BOTH]
-    assert [view.role for view in pool.snapshot(Role.PREFILL)] == [Role.PREFILL]
-    assert [view.role for view in pool.snapshot(Role.DECODE)] == [Role.DECODE]
+    assert len(pool.snapshot(Role.PREFILL)) == 1
+    assert len(pool.snapshot(Role.DECODE)) == 1
 
 
 async def test_a_failed_instance_is_out_of_use_at_once_and_probed_at_once() -> None:
@@ -136,10 +136,10 @@ async def test_a_request_and_its_work_count_while_it_is_open() -> None:
         work = Work(prefill_tokens=5)
         with pool.in_use(the(pool, D1), work):
             (view,) = pool.snapshot(Role.DECODE)
-            assert (view.in_flight, view.outstanding) == (1, work)
+            assert (the(pool, D1).in_flight, view.outstanding) == (1, work)
 
         (view,) = pool.snapshot(Role.DECODE)
-        assert (view.in_flight, view.outstanding) == (0, Work())
+        assert (the(pool, D1).in_flight, view.outstanding) == (0, Work())
 
 
 async def test_a_probe_that_breaks_does_not_end_the_watching() -> None:

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
-from vllm_pd.config import Role, RouterConfig, from_mapping
+from vllm_pd.config import RouterConfig, from_mapping
 from vllm_pd.errors import ConfigError
 from vllm_pd.router.affinity import NO_MATCHES, Matches
 from vllm_pd.router.loads import Load, Scrape, Work
@@ -51,13 +51,11 @@ SCRAPES = st.none() | st.builds(
 )
 
 
-def instances(role: Role, name: str, *, max_size: int = 6) -> st.SearchStrategy[list[InstanceView]]:
+def instances(name: str, *, max_size: int = 6) -> st.SearchStrategy[list[InstanceView]]:
     anyone = st.builds(
         InstanceView,
-        role=st.just(role),
         base_url=st.sampled_from([f"{name}{number}" for number in range(max_size)] + ["both"]),
         healthy=st.booleans(),
-        in_flight=st.just(0),
         accepting=st.booleans(),
         fingerprint=st.none() | st.sampled_from(["x", "y"]),
         outstanding=WORK,
@@ -66,8 +64,8 @@ def instances(role: Role, name: str, *, max_size: int = 6) -> st.SearchStrategy[
     return st.lists(anyone, max_size=max_size, unique_by=lambda view: view.base_url)
 
 
-PREFILL = instances(Role.PREFILL, "p")
-DECODE = instances(Role.DECODE, "d")
+PREFILL = instances("p")
+DECODE = instances("d")
 URLS = st.sampled_from([f"{kind}{number}" for kind in "pd" for number in range(6)] + ["both"])
 TOKENS = st.dictionaries(URLS, st.integers(1, 50_000))
 MATCHES = st.builds(Matches, TOKENS, TOKENS)
@@ -76,13 +74,13 @@ SEEDS = st.integers(0, 1000).map(random.Random)
 
 
 def views(*urls: str, down: tuple[str, ...] = ()) -> list[InstanceView]:
-    return [InstanceView(Role.PREFILL, url, url not in down, 0) for url in urls]
+    return [InstanceView(url, url not in down) for url in urls]
 
 
 def view(url: str, *, prefill_tokens: int = 0, kv_tokens: int = 0, **fields: Any) -> InstanceView:
     num_sequences = fields.pop("num_sequences", 0)
     work = Work(prefill_tokens, kv_tokens, num_sequences)
-    return InstanceView(Role.DECODE, url, True, 0, outstanding=work, **fields)
+    return InstanceView(url, True, outstanding=work, **fields)
 
 
 def foreign(num_sequences: int) -> Scrape:
