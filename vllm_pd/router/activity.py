@@ -8,6 +8,7 @@ are counted on the same clock, so those of the workers of one router can be put 
 from __future__ import annotations
 
 import enum
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterable
@@ -115,6 +116,8 @@ class Activity:
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._slices: deque[Slice] = deque(maxlen=NUM_SLICES)
+        self._current = Slice(0)
+        self._ends_at = -math.inf
         self.began = clock()
 
     @property
@@ -129,15 +132,15 @@ class Activity:
 
     def time(self, what: Timed, seconds: float) -> None:
         """Take note of one duration."""
-        self.time_all(what, (bucket_of(seconds),), seconds)
+        self.add(what, bucket_of(seconds), seconds)
+
+    def add(self, what: Timed, bucket: int, seconds: float) -> None:
+        """Take note of one duration whose bucket is known."""
+        self._spread(what).add_one(bucket, seconds)
 
     def time_all(self, what: Timed, buckets: Collection[int], total_s: float) -> None:
         """Take note of many durations, given by their buckets, and of their sum."""
-        spreads = self._now().spreads
-        spread = spreads.get(what)
-        if spread is None:
-            spread = spreads[what] = Spread()
-        spread.add(buckets, total_s)
+        self._spread(what).add(buckets, total_s)
 
     def count(self, what: Tally, label: str = "", num: int = 1) -> None:
         """Take note that something happened."""
@@ -147,9 +150,17 @@ class Activity:
         """Return what happened, as ``window_of`` puts it together."""
         return window_of(self._slices, self._clock())
 
+    def _spread(self, what: Timed) -> Spread:
+        spreads = self._now().spreads
+        spread = spreads.get(what)
+        if spread is None:
+            spread = spreads[what] = Spread()
+        return spread
+
     def _now(self) -> Slice:
-        number = _number_at(self._clock())
-        slices = self._slices
-        if not slices or slices[-1].number != number:
-            slices.append(Slice(number))
-        return slices[-1]
+        if self._clock() >= self._ends_at:
+            number = _number_at(self._clock())
+            self._current = Slice(number)
+            self._slices.append(self._current)
+            self._ends_at = (number + 1) * SLICE_S
+        return self._current

@@ -5,18 +5,18 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from prometheus_client.core import HistogramMetricFamily
+from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
 
 from vllm_pd.config import Role
 from vllm_pd.router.activity import Activity, Tally, Timed
+from vllm_pd.router.collectors import Counts, Durations
 from vllm_pd.router.instances import InstancePool
 from vllm_pd.router.pace import Pace
-from vllm_pd.router.spread import Spread
+from vllm_pd.router.spread import bucket_of
 from vllm_pd.router.timeline import Timeline
 from vllm_pd.router.usage import PromptDetails
 from vllm_pd.router.workers.merge import Page, page_of
@@ -24,19 +24,21 @@ from vllm_pd.router.workers.merge import Page, page_of
 if TYPE_CHECKING:
     from prometheus_client.registry import Collector
 
-_QUEUE_BUCKETS = (0.001, 0.01, 0.1, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)  # seconds
-_REQUEST_BUCKETS = (
+# In seconds, all of them of ``spread.BOUNDS``.
+_QUEUE_BUCKETS = (0.001, 0.01, 0.1, 0.5, 1.0, 2.5, 5.0, 10.0, 28.0, 63.0)
+_BUCKETS = (
     *(0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5),
-    *(5.0, 10.0, 20.0, 40.0, 80.0, 160.0, 640.0),
-)  # seconds
-_TRANSFER_BUCKETS = (
+    *(5.0, 10.0, 20.0, 40.0, 80.0, 160.0, 630.0),
+)
+_FETCH_BUCKETS = (
     *(0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1),
     *(0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 40.0),
-)  # seconds
+)
 _TOKEN_BUCKETS = (
     *(0.001, 0.0025, 0.005, 0.01, 0.02, 0.04, 0.063, 0.08),
     *(0.1, 0.16, 0.25, 0.5, 1.0, 2.5, 10.0),
-)  # seconds, all of them ``spread.BOUNDS``
+)
+
 BUSY = 8
 """Requests in flight from which on not every stream is timed."""
 
@@ -62,24 +64,6 @@ class Outcome:
     began: float = field(default_factory=time.monotonic)
 
 
-class _Gaps:
-    """The gaps between tokens as a histogram of Prometheus, filled by many at once."""
-
-    def __init__(self) -> None:
-        self.spread = Spread()
-
-    def collect(self) -> Iterable[HistogramMetricFamily]:
-        """Return the histogram as it is now."""
-        counts = self.spread.cumulative(_TOKEN_BUCKETS)
-        buckets = [(str(bound), count) for bound, count in zip(_TOKEN_BUCKETS, counts, strict=True)]
-        yield HistogramMetricFamily(
-            "vllm_pd:router_inter_token_seconds",
-            "Between two parts of a stream as they pass the router.",
-            buckets=[*buckets, ("+Inf", self.spread.num)],
-            sum_value=self.spread.total_s,
-        )
-
-
 class Metrics:
     """The metrics of one process, in a registry of its own.
 
@@ -96,14 +80,9 @@ class Metrics:
         self.activity = Activity()
         self.num_in_flight = 0
         self._num_streams = 0
-        self._gaps = _Gaps()
-        self._registry.register(self._gaps)
         self._make_stages()
-        self._requests = Counter(
-            "vllm_pd:router_requests",
-            "Requests to the OpenAI endpoints.",
-            ["endpoint", "path", "code"],
-            registry=self._registry,
+        self._requests = self._counts(
+            "requests", "Requests to the OpenAI endpoints.", "endpoint", "path", "code"
         )
         self._in_flight = Gauge(
             "vllm_pd:router_requests_in_flight",
@@ -115,11 +94,8 @@ class Metrics:
             "Prefill legs sent again, to another prefill instance.",
             registry=self._registry,
         )
-        self._decode_only = Counter(
-            "vllm_pd:router_decode_only",
-            "Requests that the decode instance prefilled by itself.",
-            ["reason"],
-            registry=self._registry,
+        self._decode_only = self._counts(
+            "decode_only", "Requests that the decode instance prefilled by itself.", "reason"
         )
         self.early_decodes = Counter(
             "vllm_pd:router_early_decodes",
@@ -151,51 +127,49 @@ class Metrics:
 
     def _make_stages(self) -> None:
         """Make the histograms of a request's stages."""
-        self._queue_seconds = Histogram(
-            "vllm_pd:router_queue_seconds",
-            "Wait for a slot of a stage in the router.",
-            ["stage"],
-            registry=self._registry,
-            buckets=_QUEUE_BUCKETS,
+        self._queue = self._durations(
+            "queue", "Wait for a slot of a stage in the router.", _QUEUE_BUCKETS, "stage"
         )
-        self._prefill_seconds = Histogram(
-            "vllm_pd:router_prefill_seconds",
-            "Prefill legs that succeeded, from the request to the answer.",
-            registry=self._registry,
-            buckets=_REQUEST_BUCKETS,
+        self._prefill = self._durations(
+            "prefill", "Prefill legs that succeeded, from the request to the answer.", _BUCKETS
         )
-        self._first_bytes_seconds = Histogram(
-            "vllm_pd:router_first_bytes_seconds",
+        self._first_bytes = self._durations(
+            "first_bytes",
             "From a request's arrival to the first bytes of its answer.",
-            ["path"],
-            registry=self._registry,
-            buckets=_REQUEST_BUCKETS,
+            _BUCKETS,
+            "path",
         )
-        self._request_seconds = Histogram(
-            "vllm_pd:router_request_seconds",
-            "From a request's arrival to the end of its answer.",
-            ["path"],
-            registry=self._registry,
-            buckets=_REQUEST_BUCKETS,
+        self._request = self._durations(
+            "request", "From a request's arrival to the end of its answer.", _BUCKETS, "path"
         )
-        self._engine_queue_seconds = Histogram(
-            "vllm_pd:router_decode_queue_seconds",
+        self._engine_queue = self._durations(
+            "decode_queue",
             "In the queue of the decode engine until it has blocks, where it tells.",
-            registry=self._registry,
-            buckets=_QUEUE_BUCKETS,
+            _QUEUE_BUCKETS,
         )
-        self._handover_seconds = Histogram(
-            "vllm_pd:router_kv_handover_seconds",
-            "Fetching the KV cache, where the decode engine tells.",
-            registry=self._registry,
-            buckets=_TRANSFER_BUCKETS,
+        self._handover = self._durations(
+            "kv_handover", "Fetching the KV cache, where the decode engine tells.", _FETCH_BUCKETS
         )
-        self._decode_start_seconds = Histogram(
-            "vllm_pd:router_decode_start_seconds",
+        self._decode_start = self._durations(
+            "decode_start",
             "From a decode leg, its prefill being over, to the first bytes of its stream.",
-            registry=self._registry,
-            buckets=_REQUEST_BUCKETS,
+            _BUCKETS,
         )
+        self._inter_token = self._durations(
+            "inter_token", "Between two parts of a stream as they pass the router.", _TOKEN_BUCKETS
+        )
+
+    def _durations(
+        self, name: str, documentation: str, bounds: Sequence[float], label: str | None = None
+    ) -> Durations:
+        made = Durations(f"vllm_pd:router_{name}_seconds", documentation, bounds, label=label)
+        self._registry.register(made)
+        return made
+
+    def _counts(self, name: str, documentation: str, *label_names: str) -> Counts:
+        made = Counts(f"vllm_pd:router_{name}", documentation, label_names)
+        self._registry.register(made)
+        return made
 
     def add(self, collector: Collector) -> None:
         """Show metrics that somebody else keeps, too."""
@@ -213,26 +187,24 @@ class Metrics:
             raise
         finally:
             self.num_in_flight -= 1
-            self._requests.labels(endpoint, outcome.path, str(outcome.code)).inc()
-            self._note_end(outcome)
+            self._note_end(endpoint, outcome)
 
     def note_queue(self, role: Role, seconds: float) -> None:
         """Take note of a wait for a slot of a stage."""
-        self._queue_seconds.labels(role.value).observe(seconds)
-        is_prefill = role is Role.PREFILL
-        self.activity.time(Timed.PREFILL_QUEUE if is_prefill else Timed.DECODE_QUEUE, seconds)
+        what = Timed.PREFILL_QUEUE if role is Role.PREFILL else Timed.DECODE_QUEUE
+        self._time(self._queue, what, seconds, role.value)
 
     def note_prefill(self, seconds: float) -> None:
         """Take note of a prefill leg that succeeded."""
-        self._prefill_seconds.observe(seconds)
-        self.activity.time(Timed.PREFILL, seconds)
+        self._time(self._prefill, Timed.PREFILL, seconds)
 
     def note_prompt(self, details: PromptDetails, kv_params: Mapping[str, object]) -> None:
         """Take note of a prompt that was prefilled, as far as the instance tells of it."""
         tokens = kv_params.get("remote_num_tokens")
         if type(tokens) is int:
             self.activity.count(Tally.PROMPT_TOKENS, "handed_over", tokens)
-        self.activity.count(Tally.PROMPT_TOKENS, "cached", details.get("cached_tokens", 0))
+        if cached := details.get("cached_tokens"):
+            self.activity.count(Tally.PROMPT_TOKENS, "cached", cached)
 
     def note_prefill_retry(self) -> None:
         """Take note that a prefill leg is sent to another instance."""
@@ -241,20 +213,18 @@ class Metrics:
 
     def note_decode_only(self, reason: str) -> None:
         """Take note that a decode instance prefills by itself."""
-        self._decode_only.labels(reason).inc()
+        self._decode_only.add(reason)
         self.activity.count(Tally.DECODE_ONLY, reason)
 
     def note_decode_start(self, seconds: float) -> None:
         """Take note of how long a decode instance took to begin a stream."""
-        self._decode_start_seconds.observe(seconds)
-        self.activity.time(Timed.DECODE_START, seconds)
+        self._time(self._decode_start, Timed.DECODE_START, seconds)
 
     def note_first_bytes(self, outcome: Outcome, *, streamed: bool) -> None:
         """Take note that an instance has begun to answer a request."""
         since = time.monotonic() - outcome.began
-        self._first_bytes_seconds.labels(outcome.path).observe(since)
-        if streamed:
-            self.activity.time(Timed.FIRST_TOKEN, since)
+        what = Timed.FIRST_TOKEN if streamed else None
+        self._time(self._first_bytes, what, since, outcome.path)
 
     def note_timeline(self, timeline: Timeline | None) -> None:
         """Take note of what a decode instance tells of a request, if it does.
@@ -263,10 +233,9 @@ class Metrics:
         """
         if timeline is None:
             return
-        self._handover_seconds.observe(timeline.handover_s)
+        self._time(self._handover, None, timeline.handover_s)
         if timeline.queue_s is not None:
-            self._engine_queue_seconds.observe(timeline.queue_s)
-            self.activity.time(Timed.ENGINE_QUEUE, timeline.queue_s)
+            self._time(self._engine_queue, Timed.ENGINE_QUEUE, timeline.queue_s)
 
     def pace(self) -> Pace | None:
         """Return what is to be told of the parts of one stream; None: it is not timed.
@@ -279,16 +248,24 @@ class Metrics:
         return Pace(self._note_gaps)
 
     def _note_gaps(self, buckets: list[int], total_s: float) -> None:
-        self._gaps.spread.add(buckets, total_s)
+        self._inter_token.add_all(buckets, total_s)
         self.activity.time_all(Timed.INTER_TOKEN, buckets, total_s)
 
-    def _note_end(self, outcome: Outcome) -> None:
-        seconds = time.monotonic() - outcome.began
-        self._request_seconds.labels(outcome.path).observe(seconds)
-        activity = self.activity
-        activity.time(Timed.REQUEST, seconds)
-        activity.count(Tally.CODE, str(outcome.code))
-        activity.count(Tally.PATH, outcome.path)
+    def _note_end(self, endpoint: str, outcome: Outcome) -> None:
+        code = str(outcome.code)
+        self._requests.add(endpoint, outcome.path, code)
+        self._time(self._request, Timed.REQUEST, time.monotonic() - outcome.began, outcome.path)
+        self.activity.count(Tally.CODE, code)
+        self.activity.count(Tally.PATH, outcome.path)
+
+    def _time(
+        self, durations: Durations, what: Timed | None, seconds: float, label: str = ""
+    ) -> None:
+        """Count a duration, and remember it for the last minutes if ``what`` is given."""
+        bucket = bucket_of(seconds)
+        durations.add(bucket, seconds, label)
+        if what is not None:
+            self.activity.add(what, bucket, seconds)
 
     def render(self, pool: InstancePool) -> bytes:
         """Return everything in Prometheus' text format."""

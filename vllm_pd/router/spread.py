@@ -52,6 +52,12 @@ class Spread(msgspec.Struct, array_like=True):
         self.num += len(buckets)
         self.total_s += total_s
 
+    def add_one(self, bucket: int, seconds: float) -> None:
+        """Count one duration."""
+        self.counts[bucket] = self.counts.get(bucket, 0) + 1
+        self.num += 1
+        self.total_s += seconds
+
     def merge(self, other: Spread) -> None:
         """Count all durations of another one, too."""
         counts = self.counts
