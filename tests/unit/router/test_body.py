@@ -111,6 +111,19 @@ def test_a_dumped_value_reads_back_equal(value: object) -> None:
 
 
 @pytest.mark.parametrize(
+    "value",
+    ["\u4f60", 1e-300, 2**63, 2**70, -(2**70), [[1, 2]], {"nested": [None, True]}],
+)
+def test_params_reach_the_decode_leg_as_the_prefill_instance_gave_them(value: object) -> None:
+    given = {"remote_block_ids": value}
+    reply = json.dumps({"id": "1", body.KV_PARAMS: given}).encode()
+
+    params = body.kv_params_of(reply)
+
+    assert json.loads(body.dump(body.decode_body({}, params)))[body.KV_PARAMS] == given
+
+
+@pytest.mark.parametrize(
     "reply",
     [
         b"",
