@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import cast
 
 import httptools
@@ -22,11 +23,34 @@ MAX_HEAD_LEN = 64 * 1024
 HIGH_WATER_LEN = 64 * 1024
 """Bytes of a stream that wait for a slow client before the instance has to wait, too."""
 
+_JOIN_LEN = 16 * 1024
+"""Bytes of the longest body that is copied behind its head: one buffer is sent sooner than two."""
+
 _NO_BODY = (204, 304)
 
 
 class BrokenAnswerError(OSError):
     """An instance closed the connection too early, or did not speak HTTP."""
+
+
+@dataclass(frozen=True, slots=True)
+class Limit:
+    """How long an exchange waits for an instance.
+
+    Attributes:
+        seconds: how long.
+        is_total: whether that is for the whole answer; if not, for every part of it.
+    """
+
+    seconds: float
+    is_total: bool = False
+
+    @property
+    def complaint(self) -> str:
+        """What it means to exceed it."""
+        if self.is_total:
+            return f"no answer within {self.seconds:g} s"
+        return f"silent for {self.seconds:g} s"
 
 
 class Connection(asyncio.Protocol):
@@ -46,6 +70,7 @@ class Connection(asyncio.Protocol):
         self._parser = httptools.HttpResponseParser(self)
         self._waiter: asyncio.Future[None] | None = None
         self._timer: asyncio.TimerHandle | None = None
+        self._timer_due = 0.0
         self._closed = False
         self._in_exchange = False
         self._reset()
@@ -82,24 +107,27 @@ class Connection(asyncio.Protocol):
         """Whether it can carry nothing any more."""
         return self._closed
 
-    def send(self, head: bytes, body: bytes | None, idle_timeout_s: float | None) -> None:
+    def send(self, head: bytes, body: bytes | None, limit: Limit | None) -> None:
         """Begin an exchange.
 
         Args:
             head: request line and headers, with the empty line.
             body: what follows it.
-            idle_timeout_s: longest silence of the instance; None: for ever.
+            limit: how long to wait for the instance; None: for ever.
         """
         self._reset()
+        self._limit = limit
         self._in_exchange = True
         if self._closed:
             self._error = BrokenAnswerError("the connection was closed")
             return
-        self._transport.writelines([head] if body is None else [head, body])
-        if idle_timeout_s is not None:
-            self._idle_timeout_s = idle_timeout_s
-            self._last_data = self._loop.time()
-            self._timer = self._loop.call_later(idle_timeout_s, self._check_silence)
+        if body is None or len(body) <= _JOIN_LEN:
+            self._transport.write(head + body if body else head)
+        else:
+            self._transport.writelines([head, body])
+        if limit is not None:
+            self._since = self._loop.time()
+            self._look_at(self._since + limit.seconds)
 
     async def head(self) -> None:
         """Wait for status and headers.
@@ -143,9 +171,6 @@ class Connection(asyncio.Protocol):
         # Once raised, it leads to the frames that sent the request, and those lead back here:
         # their bodies would wait for the garbage collector.
         self._error = None
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
         if not self.is_reusable:
             self.close()
 
@@ -168,7 +193,8 @@ class Connection(asyncio.Protocol):
             self.close()
             return
         self.touched = True
-        self._last_data = self._loop.time()
+        if self._limit is not None and not self._limit.is_total:
+            self._since = self._loop.time()
         try:
             self._parser.feed_data(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade) as exc:
@@ -186,6 +212,8 @@ class Connection(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """End the answer, if this is how it ends; else it is broken."""
         self._closed = True
+        if self._timer is not None:
+            self._timer.cancel()
         # It refers back to this connection: with it, what nobody has read of an answer would
         # wait for the garbage collector.
         del self._parser
@@ -246,7 +274,7 @@ class Connection(asyncio.Protocol):
     def _resume(self) -> None:
         if self._is_paused:
             self._is_paused = False
-            self._last_data = self._loop.time()
+            self._since = self._loop.time()
             if not self._closed:
                 self._transport.resume_reading()
 
@@ -274,25 +302,48 @@ class Connection(asyncio.Protocol):
         self.close()
         self._wake()
 
-    def _check_silence(self) -> None:
-        # One timer per exchange, not one per chunk: it looks when it would be due.
+    def _look_at(self, due: float) -> None:
+        # One timer for many exchanges, and not one for each, or for each chunk: it stays when
+        # an exchange ends, and finds out when it would be due.
+        if self._timer is not None:
+            if self._timer_due <= due:
+                return
+            self._timer.cancel()
+        self._timer_due = due
+        self._timer = self._loop.call_at(due, self._check_time)
+
+    def _check_time(self) -> None:
+        self._timer = None
+        limit = self._limit
+        if limit is None or not self._in_exchange or self._is_complete:
+            return
         now = self._loop.time()
-        since = now if self._is_paused else self._last_data
-        left_s = since + self._idle_timeout_s - now
-        if left_s > 0:
-            self._timer = self._loop.call_later(left_s, self._check_silence)
-        elif not self._is_complete:
-            self._fail(TimeoutError(f"silent for {self._idle_timeout_s:g} s"))
+        due = (now if self._is_paused else self._since) + limit.seconds
+        if due > now:
+            self._look_at(due)
+        else:
+            self._fail(TimeoutError(limit.complaint))
 
 
-def request_head(method: str, target: str, host: str, fields: Mapping[str, str]) -> bytes:
+def request_head(
+    method: str, target: str, host: str, fields: Mapping[str, str], body_len: int | None = None
+) -> bytes:
     """Return request line and headers, with the empty line.
+
+    Args:
+        method: HTTP method.
+        target: path and query.
+        host: the Host header.
+        fields: the other headers, without the body's length.
+        body_len: length of the body in bytes; None: there is none.
 
     Raises:
         LocalProtocolError: something in it would end a line.
     """
     lines = [f"{method} {target} HTTP/1.1", f"Host: {host}"]
     lines += [f"{name}: {value}" for name, value in fields.items()]
+    if body_len is not None:
+        lines.append(f"Content-Length: {body_len}")
     head = "\r\n".join([*lines, "", ""])
     if not head.count("\r") == head.count("\n") == len(lines) + 1:
         raise LocalProtocolError("a header has a line break in it")

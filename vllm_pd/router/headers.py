@@ -76,9 +76,6 @@ def to_client(headers: Mapping[str, str]) -> CIMultiDict[str]:
 
 def _without(headers: Mapping[str, str], names: frozenset[str]) -> CIMultiDict[str]:
     # A Connection header names further headers that are meant for one hop only.
-    named = {name.strip().lower() for name in headers.get("Connection", "").split(",")}
-    return CIMultiDict(
-        (name, value)
-        for name, value in headers.items()
-        if name.lower() not in names and name.lower() not in named
-    )
+    if named := headers.get("Connection"):
+        names = names.union(name.strip().lower() for name in named.split(","))
+    return CIMultiDict([item for item in headers.items() if item[0].lower() not in names])

@@ -9,11 +9,10 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Self
 
-from multidict import CIMultiDict
 from yarl import URL
 
 from vllm_pd.config import RouterConfig
-from vllm_pd.router.connection import BrokenAnswerError, Connection, request_head
+from vllm_pd.router.connection import BrokenAnswerError, Connection, Limit, request_head
 from vllm_pd.router.replies import SSE_CONTENT_TYPE
 
 UPSTREAM_ERRORS = (OSError,)
@@ -193,8 +192,8 @@ class Upstream:
 
     def __init__(self, config: RouterConfig, tls: ssl.SSLContext) -> None:
         self._pool = ConnectionPool(config.connect_timeout_s, tls)
-        self._prefill_timeout_s = config.prefill_timeout_s
-        self._decode_idle_timeout_s = config.decode_idle_timeout_s
+        self._prefill_limit = Limit(config.prefill_timeout_s, is_total=True)
+        self._decode_limit = Limit(config.decode_idle_timeout_s)
 
     async def __aenter__(self) -> Self:
         return self
@@ -209,8 +208,7 @@ class Upstream:
             OSError: the instance is gone or broke off.
             TimeoutError: it did not answer within ``prefill_timeout_s``.
         """
-        async with asyncio.timeout(self._prefill_timeout_s):
-            return await self._exchange("POST", url, headers, body)
+        return await self._exchange("POST", url, headers, body, self._prefill_limit)
 
     async def decode(
         self, method: str, url: str, headers: Mapping[str, str], body: bytes | None
@@ -221,9 +219,7 @@ class Upstream:
             OSError: the instance is gone or broke off.
             TimeoutError: it was silent for ``decode_idle_timeout_s``.
         """
-        return await self._exchange(
-            method, url, headers, body, idle_timeout_s=self._decode_idle_timeout_s
-        )
+        return await self._exchange(method, url, headers, body, self._decode_limit)
 
     async def _exchange(
         self,
@@ -231,24 +227,20 @@ class Upstream:
         url: str,
         headers: Mapping[str, str],
         body: bytes | None,
-        *,
-        idle_timeout_s: float | None = None,
+        limit: Limit,
     ) -> Answer:
         origin, target, host = _locate(url)
-        if body is not None:
-            headers = CIMultiDict(headers)  # with all values of a repeated one
-            headers["Content-Length"] = str(len(body))
-        head = request_head(method, target, host, headers)
+        head = request_head(method, target, host, headers, None if body is None else len(body))
         if (connection := self._pool.take(origin)) is not None:
             try:
-                return await self._ask(origin, connection, head, body, idle_timeout_s)
+                return await self._ask(origin, connection, head, body, limit)
             except BrokenAnswerError:
                 # The instance may have closed an idle connection just when it was
                 # taken from the pool. That says nothing about the instance: once more.
                 if connection.touched:
                     raise
         connection = await self._pool.connect(origin)
-        return await self._ask(origin, connection, head, body, idle_timeout_s)
+        return await self._ask(origin, connection, head, body, limit)
 
     async def _ask(
         self,
@@ -256,10 +248,10 @@ class Upstream:
         connection: Connection,
         head: bytes,
         body: bytes | None,
-        idle_timeout_s: float | None,
+        limit: Limit,
     ) -> Answer:
         try:
-            connection.send(head, body, idle_timeout_s)
+            connection.send(head, body, limit)
             await connection.head()
         except BaseException:
             self._pool.give_back(origin, connection)

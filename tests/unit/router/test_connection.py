@@ -14,6 +14,7 @@ from vllm_pd.router.connection import (
     MAX_HEAD_LEN,
     BrokenAnswerError,
     Connection,
+    Limit,
     request_head,
 )
 
@@ -28,6 +29,9 @@ class FakeTransport:
         self.unsent_len = 0
         self.is_reading = True
         self.is_aborted = False
+
+    def write(self, data: bytes) -> None:
+        self.sent += data
 
     def writelines(self, parts: list[bytes]) -> None:
         self.sent += b"".join(parts)
@@ -49,6 +53,14 @@ def connect() -> tuple[Connection, FakeTransport]:
     connection, transport = Connection(), FakeTransport()
     connection.connection_made(cast("asyncio.Transport", transport))
     return connection, transport
+
+
+async def exchange(connection: Connection, limit: Limit) -> None:
+    connection.send(b"GET / HTTP/1.1\r\n\r\n", None, limit)
+    connection.data_received(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
+    await connection.head()
+    assert await connection.read() == b""
+    connection.finish()
 
 
 def ask() -> tuple[Connection, FakeTransport]:
@@ -273,16 +285,59 @@ async def test_a_stream_that_is_given_up_while_held_back_costs_the_connection() 
 
 async def test_silence_is_a_timeout() -> None:
     connection, transport = connect()
-    connection.send(b"GET / HTTP/1.1\r\n\r\n", None, 0.01)
+    connection.send(b"GET / HTTP/1.1\r\n\r\n", None, Limit(0.01))
 
     with pytest.raises(TimeoutError, match=r"silent for 0\.01 s"):
         await connection.head()
     assert transport.is_aborted
 
 
+async def test_a_limit_of_the_whole_answer_does_not_move_with_its_parts() -> None:
+    connection, transport = connect()
+    connection.send(b"GET / HTTP/1.1\r\n\r\n", None, Limit(0.01, is_total=True))
+    connection.data_received(STREAM_HEAD)
+
+    while not transport.is_aborted:
+        connection.data_received(chunk(b"x"))
+        assert await connection.read() == b"x"
+        await asyncio.sleep(0)
+
+    with pytest.raises(TimeoutError, match=r"no answer within 0\.01 s"):
+        await connection.read()
+
+
+async def test_a_short_limit_counts_after_a_long_one() -> None:
+    connection, _ = connect()
+    await exchange(connection, Limit(60.0))
+    connection.send(b"GET / HTTP/1.1\r\n\r\n", None, Limit(0.01))
+
+    with pytest.raises(TimeoutError):
+        await connection.head()
+
+
+async def test_a_limit_does_not_outlive_its_exchange() -> None:
+    connection, transport = connect()
+    await exchange(connection, Limit(0.01))
+    await exchange(connection, Limit(0.01))
+    connection.send(b"GET / HTTP/1.1\r\n\r\n", None, Limit(60.0))
+
+    await asyncio.sleep(0.03)  # three times as long as the first two could take
+
+    assert not transport.is_aborted
+
+
+@pytest.mark.parametrize("body", [None, b"", b"{}", bytes(2**20)])
+async def test_a_body_follows_its_head(body: bytes | None) -> None:
+    connection, transport = connect()
+
+    connection.send(b"POST / HTTP/1.1\r\n\r\n", body, None)
+
+    assert transport.sent == b"POST / HTTP/1.1\r\n\r\n" + (body or b"")
+
+
 async def test_an_instance_that_is_held_back_is_not_silent() -> None:
     connection, transport = connect()
-    connection.send(b"GET / HTTP/1.1\r\n\r\n", None, 0.01)
+    connection.send(b"GET / HTTP/1.1\r\n\r\n", None, Limit(0.01))
     connection.data_received(STREAM_HEAD + chunk(b"x" * (HIGH_WATER_LEN + 1)))
 
     await asyncio.sleep(0.03)  # three times as long as it may be silent
@@ -328,6 +383,10 @@ async def test_nothing_can_be_asked_on_a_closed_connection() -> None:
 
     with pytest.raises(BrokenAnswerError):
         await connection.head()
+
+
+def test_a_request_head_tells_how_long_the_body_is() -> None:
+    assert request_head("POST", "/", "host", {}, 12).endswith(b"\r\nContent-Length: 12\r\n\r\n")
 
 
 def test_a_request_head_names_host_and_headers() -> None:
