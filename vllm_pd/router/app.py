@@ -94,7 +94,7 @@ def create_app(
         # aiohttp has changed its mind about whether the limit itself is too much.
         client_max_size=config.max_body_len + 1,
     )
-    observe(app)
+    observe(app, config)
     app.middlewares.append(_errors_like_vllm)
     app[CONFIG] = config
     app[RNG] = rng or random.Random()

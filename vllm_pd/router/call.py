@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
-from aiohttp import web
-from multidict import CIMultiDict
+from aiohttp import StreamReader, web
 
 from vllm_pd.errors import RemoteProtocolError
 from vllm_pd.router import body as bodies
@@ -19,6 +18,9 @@ from vllm_pd.router.instance import describe
 from vllm_pd.router.metrics import Outcome
 from vllm_pd.router.record import Record
 from vllm_pd.router.timeline import asking
+
+if TYPE_CHECKING:
+    from multidict import CIMultiDict
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,12 +64,11 @@ class Call:
         query = self.request.rel_url.raw_query_string
         return f"{self.path}?{query}" if query else self.path
 
-    def answer_headers(self) -> CIMultiDict[str]:
-        """Return the headers that the router adds to an answer, besides the request id."""
-        added: CIMultiDict[str] = CIMultiDict()
+    def mark(self, headers: CIMultiDict[str]) -> CIMultiDict[str]:
+        """Add what the router tells of itself to the headers of an answer, but for its id."""
         if self.outcome.path != "none":
-            added[PD_PATH] = self.outcome.path
-        return added
+            headers[PD_PATH] = self.outcome.path
+        return headers
 
     async def read(self, max_body_len: int) -> bytes:
         """Return the body that the client sent; to be called once.
@@ -81,23 +82,37 @@ class Call:
             OverloadedError: there is no memory for it.
         """
         length = self.request.content_length
-        if length is not None and length > max_body_len:
-            raise web.HTTPRequestEntityTooLarge(max_body_len, length)
         if length is not None:
+            _check_len(length, max_body_len)
             self.hold.expect(length)
-        parts: list[bytes] = []
-        num_bytes = 0
+        content = self.request.content
         try:
-            async for part in self.request.content.iter_any():
-                parts.append(part)
-                num_bytes += len(part)
-                if num_bytes > max_body_len:
-                    raise web.HTTPRequestEntityTooLarge(max_body_len, num_bytes)
-                self.hold.grow(len(part))
+            if content.is_eof():  # most often all of it came with the headers
+                body = content.read_nowait()
+                _check_len(len(body), max_body_len)
+                self.hold.grow(len(body))
+            else:
+                body = await _read(content, max_body_len, self.hold)
         except web.RequestPayloadError as exc:
             raise RemoteProtocolError(f"the request body is damaged: {describe(exc)}") from exc
-        self.record.request_len = num_bytes
-        return b"".join(parts)
+        self.record.request_len = len(body)
+        return body
+
+
+async def _read(content: StreamReader, max_body_len: int, hold: Hold) -> bytes:
+    parts: list[bytes] = []
+    num_bytes = 0
+    async for part in content.iter_any():
+        parts.append(part)
+        num_bytes += len(part)
+        _check_len(num_bytes, max_body_len)
+        hold.grow(len(part))
+    return b"".join(parts)
+
+
+def _check_len(body_len: int, max_body_len: int) -> None:
+    if body_len > max_body_len:
+        raise web.HTTPRequestEntityTooLarge(max_body_len, body_len)
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,9 +8,10 @@ import logging
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Self
+from typing import Self
 
 from aiohttp import web
+from multidict import CIMultiDict
 
 from vllm_pd.config import Role
 from vllm_pd.router import headers as http_headers
@@ -22,14 +23,12 @@ from vllm_pd.router.loads import Work
 from vllm_pd.router.metrics import Metrics
 from vllm_pd.router.pace import Pace
 from vllm_pd.router.replies import error_event, error_response
+from vllm_pd.router.sink import Sink
 from vllm_pd.router.spans import Span
 from vllm_pd.router.sse import SseReader, is_aborted
 from vllm_pd.router.timeline import timeline_of
 from vllm_pd.router.upstream import UPSTREAM_ERRORS, Answer, Upstream, is_idle_timeout
 from vllm_pd.router.usage import PromptDetails, repaired
-
-if TYPE_CHECKING:
-    from multidict import CIMultiDict
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +57,6 @@ class Opened:
     answer: Answer
     _use: Use
     _span: Span
-    _stack: contextlib.ExitStack
 
     def failed(self, exc: BaseException) -> None:
         """The rest of the answer does not come."""
@@ -68,7 +66,8 @@ class Opened:
     def close(self) -> None:
         """Give it up; idempotent. If it is not complete, vLLM aborts the request."""
         self.answer.close()
-        self._stack.close()
+        self._use.end()
+        self._span.end()
 
     def __enter__(self) -> Self:
         return self
@@ -125,36 +124,45 @@ class DecodeLegs:
         Raises:
             OSError: one of ``UPSTREAM_ERRORS``; the instance has been told off for it.
         """
-        with contextlib.ExitStack() as stack:
-            span = stack.enter_context(
-                call.record.leg(
-                    Role.DECODE, instance.base_url, method=call.request.method, path=call.path
-                )
-            )
-            use = stack.enter_context(self._pool.in_use(instance, work))
+        span = call.record.leg(
+            Role.DECODE, instance.base_url, method=call.request.method, path=call.path
+        )
+        use = self._pool.in_use(instance, work)
+        try:
+            use.begin()
             began = time.monotonic()
-            try:
-                with _prefilling(instance, local_tokens):
-                    answer = await self._upstream.decode(
-                        call.request.method,
-                        instance.base_url + call.target,
-                        span.headers(call.headers),
-                        leg,
-                    )
-                if _can_abort(call) and is_aborted(answer.first):
-                    answer.close()
-                    raise AbortedError("the instance aborted the request")
-            except UPSTREAM_ERRORS as exc:
+            answer = await self._ask(instance, call, leg, span, local_tokens)
+        except BaseException as exc:
+            if isinstance(exc, UPSTREAM_ERRORS):
                 _warn(call, instance, exc)
                 if not (is_early and is_idle_timeout(exc)):
                     use.failed(exc)
-                raise
-            span.answered(answer.status)
-            if answer.status == 200:
-                use.succeeded()
-                if answer.streamed and not is_early:
-                    self._metrics.note_decode_start(time.monotonic() - began)
-            return Opened(instance, answer, use, span, stack.pop_all())
+            use.end()
+            span.fail(exc)
+            span.end()
+            raise
+        span.answered(answer.status)
+        if answer.status == 200:
+            use.succeeded()
+            if answer.streamed and not is_early:
+                self._metrics.note_decode_start(time.monotonic() - began)
+        return Opened(instance, answer, use, span)
+
+    async def _ask(
+        self, instance: Instance, call: Call, leg: bytes | None, span: Span, local_tokens: int
+    ) -> Answer:
+        """Send a request and return the beginning of its answer, unless it was aborted."""
+        with _prefilling(instance, local_tokens):
+            answer = await self._upstream.decode(
+                call.request.method,
+                instance.base_url + call.target,
+                span.headers(call.headers),
+                leg,
+            )
+        if _can_abort(call) and is_aborted(answer.first):
+            answer.close()
+            raise AbortedError("the instance aborted the request")
+        return answer
 
     async def relay(self, call: Call, opened: Opened, details: PromptDetails) -> web.StreamResponse:
         """Pass an answer on to the client, its usage repaired by ``details``."""
@@ -167,86 +175,71 @@ class DecodeLegs:
         response = web.StreamResponse(status=answer.status, headers=_headers(call, answer))
         await response.prepare(call.request)
         reader = SseReader(details, can_abort=_can_abort(call))
+        with Sink(call, response, timeout_s=self._client_timeout_s) as client:
+            await self._relay_stream(call, opened, reader, client)
+        return response
+
+    async def _relay_stream(
+        self, call: Call, opened: Opened, reader: SseReader, client: Sink
+    ) -> None:
         try:
-            failure = await self._stream(call, answer, response, reader)
+            failure = await self._stream(opened.answer, reader, client)
         except ConnectionResetError:
             raise  # the client has left
         except Exception:
             # A bug costs this stream, and not what the client sends next on its connection.
             logger.exception("stream of %s failed", call.request_id)
             call.record.error = "the router failed; its log has a traceback"
-            await self._end_broken(call, response, 500, "Internal Server Error.")
-            return response
+            await _end_broken(call, client, 500, "Internal Server Error.")
+            return
         if failure is not None:
             _warn(call, opened.instance, failure)
             opened.failed(failure)
             call.record.error = f"the stream broke: {describe(failure)}"
-            await self._end_broken(call, response, *failure_of(failure))
-            return response
-        await response.write_eof()
-        return response
-
-    async def _end_broken(
-        self, call: Call, response: web.StreamResponse, code: int, message: str
-    ) -> None:
-        """End a stream that lacks its end by an event that says so."""
-        call.outcome.code = code
-        await self._write(call, response, error_event(code, f"{message} {_INCOMPLETE}"))
-        await response.write_eof()
+            await _end_broken(call, client, *failure_of(failure))
+            return
+        await client.end()
 
     async def _stream(
-        self, call: Call, answer: Answer, response: web.StreamResponse, reader: SseReader
+        self, answer: Answer, reader: SseReader, client: Sink
     ) -> BaseException | None:
         """Pass bytes on as they come; return why they are not complete, if they are not."""
         pace = self._metrics.pace()
         try:
-            return await self._pass_on(call, answer, response, reader, pace)
+            return await _pass_on(answer, reader, client, pace)
         finally:
             if pace is not None:
                 pace.flush()
 
-    async def _pass_on(
-        self,
-        call: Call,
-        answer: Answer,
-        response: web.StreamResponse,
-        reader: SseReader,
-        pace: Pace | None,
-    ) -> BaseException | None:
-        chunk = answer.first
-        while chunk:
-            if pace is not None:
-                pace.note()
-            if passed := reader.feed(chunk):
-                await self._write(call, response, passed)
-            if reader.aborted:
-                return AbortedError("the instance aborted the request")
-            try:
-                chunk = await answer.more()
-            except UPSTREAM_ERRORS as exc:  # not of a write: that is the client
-                return exc
-        rest = reader.finish()
-        if reader.aborted or not reader.ended:
-            return TruncatedError("the stream ended too early")
-        if rest:
-            await self._write(call, response, rest)
-        return None
 
-    async def _write(self, call: Call, response: web.StreamResponse, data: bytes) -> None:
-        """Send to the client, who must not hold an instance up for ever.
-
-        Raises:
-            ConnectionResetError: the client has left, or takes nothing.
-        """
+async def _pass_on(
+    answer: Answer, reader: SseReader, client: Sink, pace: Pace | None
+) -> BaseException | None:
+    chunk = answer.first
+    while chunk:
+        if pace is not None:
+            pace.note()
+        if passed := reader.feed(chunk):
+            await client.write(passed)
+        if reader.aborted:
+            return AbortedError("the instance aborted the request")
         try:
-            async with asyncio.timeout(self._client_timeout_s):
-                await response.write(data)
-            call.record.passed(data)
-        except TimeoutError:
-            logger.info("%s: its client takes nothing and is given up", call.request_id)
-            if call.request.transport is not None:
-                call.request.transport.abort()  # or what it does not take would be waited for
-            raise ConnectionResetError("the client takes too long") from None
+            chunk = await answer.more()
+        except UPSTREAM_ERRORS as exc:  # not of a write: that is the client
+            return exc
+    rest = reader.finish()
+    if reader.aborted or not reader.ended:
+        return TruncatedError("the stream ended too early")
+    if rest:
+        await client.write(rest)
+    return None
+
+
+async def _end_broken(call: Call, client: Sink, code: int, message: str) -> None:
+    """End a stream that lacks its end by an event that says so."""
+    call.outcome.code = code
+    await client.write(error_event(code, f"{message} {_INCOMPLETE}"))
+    await client.end()
 
 
 def _prefilling(instance: Instance, num_tokens: int) -> contextlib.AbstractContextManager[None]:
@@ -286,9 +279,7 @@ def error_answer(
     """Return an error of the router's own for the client."""
     call.outcome.code = status
     call.record.error = message
-    added = call.answer_headers()
-    added.update(headers or {})
-    return error_response(status, message, headers=added)
+    return error_response(status, message, headers=call.mark(CIMultiDict(headers or {})))
 
 
 def failure_of(exc: BaseException) -> tuple[int, str]:
@@ -299,9 +290,7 @@ def failure_of(exc: BaseException) -> tuple[int, str]:
 
 
 def _headers(call: Call, answer: Answer) -> CIMultiDict[str]:
-    headers = http_headers.to_client(answer.headers)
-    headers.update(call.answer_headers())
-    return headers
+    return call.mark(http_headers.to_client(answer.headers))
 
 
 def _can_abort(call: Call) -> bool:

@@ -41,13 +41,26 @@ class Use:
         self._work = work
         self._clock = clock
         self._breaker = instance.breaker  # the instance gets another one when it restarts
+        self._is_open = False
 
     def __enter__(self) -> Self:
-        self._instance.ledger.begin(self._work, num_requests=1)
-        self._ticket = self._breaker.begin(self._clock())
+        self.begin()
         return self
 
     def __exit__(self, *exc_info: object) -> None:
+        self.end()
+
+    def begin(self) -> None:
+        """Count the request; to be called once."""
+        self._instance.ledger.begin(self._work, num_requests=1)
+        self._ticket = self._breaker.begin(self._clock())
+        self._is_open = True
+
+    def end(self) -> None:
+        """The request is over; idempotent."""
+        if not self._is_open:
+            return
+        self._is_open = False
         instance = self._instance
         instance.ledger.end(self._work, num_requests=1)
         self._breaker.abandon(self._ticket)

@@ -18,12 +18,13 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 _ACCESS_LOG = web.AppKey("access_log", AccessLog)
 
 
-def observe(app: web.Application) -> None:
-    """Name every request of an app and its answer, and have it recorded.
+def observe(app: web.Application, config: RouterConfig) -> None:
+    """Name every request of an app and its answer, and have it recorded if there is a log.
 
     To be called before any other middleware is added: it has to see all answers.
     """
-    app.middlewares.append(_recorded)
+    if config.access_log is not None:
+        app.middlewares.append(_recorded)
     app.on_response_prepare.append(_name)
 
 
@@ -43,9 +44,7 @@ async def open_access_log(
 @web.middleware
 async def _recorded(request: web.Request, handler: Handler) -> web.StreamResponse:
     record = Record.of(request)
-    log = request.app.get(_ACCESS_LOG)
-    if log is None:
-        return await handler(request)
+    log = request.app[_ACCESS_LOG]
     record.wanted = True
     response: web.StreamResponse | None = None
     try:

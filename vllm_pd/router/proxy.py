@@ -23,13 +23,14 @@ will fetch is released.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import random
 import secrets
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
+from types import TracebackType
 
 from aiohttp import web
 
@@ -447,18 +448,9 @@ class Proxy:
             raise NoInstanceError("No decode instance is available.")
         return error_answer(call, *failure)
 
-    @contextlib.asynccontextmanager
-    async def _slot(
-        self, role: Role, call: Call, priority: int, num_tokens: int = 1
-    ) -> AsyncIterator[bool]:
-        """Wait for a slot and hold it for the time of the context; yield whether it took time."""
-        stage, name = self._stages[role], call.client.name
-        with call.record.queue(role) as waiting:
-            async with stage.slot(name, priority=priority, cost=num_tokens) as waited_s:
-                waiting.end()
-                call.record.waited(waited_s)
-                self._metrics.note_queue(role, waited_s)
-                yield waited_s > 0
+    def _slot(self, role: Role, call: Call, priority: int, num_tokens: int = 1) -> _Slot:
+        held = self._stages[role].slot(call.client.name, priority=priority, cost=num_tokens)
+        return _Slot(role, call.record, self._metrics, held)
 
     def _choose_pair(self, job: Job, *, tried: set[str]) -> Pair | None:
         return policy.choose_pair(
@@ -499,6 +491,38 @@ class Proxy:
     def _note_decode_only(self, call: Call, reason: str) -> None:
         call.outcome.path = PATH_DECODE_ONLY
         self._metrics.note_decode_only(reason)
+
+
+class _Slot:
+    """Waits for a slot of a stage and holds it for the time of the context.
+
+    Its value there is whether it had to wait.
+    """
+
+    __slots__ = ("_held", "_metrics", "_record", "_role")
+
+    def __init__(
+        self, role: Role, record: Record, metrics: Metrics, held: AbstractAsyncContextManager[float]
+    ) -> None:
+        self._role = role
+        self._record = record
+        self._metrics = metrics
+        self._held = held
+
+    async def __aenter__(self) -> bool:
+        with self._record.queue(self._role):
+            waited_s = await self._held.__aenter__()
+        self._record.waited(waited_s)
+        self._metrics.note_queue(self._role, waited_s)
+        return waited_s > 0
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> bool | None:
+        return await self._held.__aexit__(kind, exc, traceback)
 
 
 class _Early:
