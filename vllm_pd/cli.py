@@ -359,7 +359,7 @@ def router(
         from vllm_pd.router.workers import parent
 
         return parent.run(config)
-    from vllm_pd.router.app import run
+    from vllm_pd.router.serving import run
 
     return run(config)
 

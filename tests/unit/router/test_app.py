@@ -17,7 +17,7 @@ from tests.unit.router.conftest import StartInstance, StartRouter
 from tests.unit.router.fakes import Client, FakeInstance, Streams, config_for
 from vllm_pd.config import RouterConfig
 from vllm_pd.errors import ConfigError
-from vllm_pd.router.app import run, serve
+from vllm_pd.router.serving import run, serve
 
 UNREACHABLE = ("http://127.0.0.1:9",)
 

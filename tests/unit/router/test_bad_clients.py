@@ -12,8 +12,8 @@ import pytest
 from aiohttp.test_utils import unused_port
 
 from tests.unit.router.fakes import FakeInstance, Streams, config_for
-from vllm_pd.router.app import serve
 from vllm_pd.router.decode import Opened
+from vllm_pd.router.serving import serve
 
 BODY = json.dumps({"model": "m", "prompt": "a", "max_tokens": 4}).encode()
 POST = b"POST /v1/completions HTTP/1.1\r\nHost: r\r\nContent-Type: application/json\r\n"

@@ -13,7 +13,7 @@ from tests.unit.protocol.test_messages import FINGERPRINT
 from tests.unit.router.conftest import StartInstance, StartRouter
 from tests.unit.router.fakes import Client, FakeInstance, answers, completes, drops, hangs
 from vllm_pd.config import ConnectorConfig, Role, RoleLabel
-from vllm_pd.router.app import POOL
+from vllm_pd.router.resources import POOL
 from vllm_pd.session.instance import InstanceEndpoint
 
 COMPLETIONS = "/v1/completions"

@@ -20,8 +20,8 @@ from tests.unit.router.conftest import StartRouter
 from tests.unit.router.fakes import FakeInstance, completes, prefills
 from vllm_pd.config import RouterConfig, from_mapping
 from vllm_pd.errors import ConfigError
-from vllm_pd.router.app import serve
 from vllm_pd.router.probes import Probes
+from vllm_pd.router.serving import serve
 from vllm_pd.router.tls import ServerTls, client_tls, server_tls
 
 LOAD = "vllm:num_requests_running 1\nvllm:num_requests_waiting 0\nvllm:kv_cache_usage_perc 0\n"

@@ -308,7 +308,7 @@ def run_python(code: str) -> str:
 
 def test_without_traces_opentelemetry_is_not_imported() -> None:
     code = (
-        "import sys; from vllm_pd.router import app;"
+        "import sys; from vllm_pd.router import serving;"
         "print([name for name in sys.modules if name.startswith('opentelemetry')])"
     )
     assert run_python(code) == "[]"

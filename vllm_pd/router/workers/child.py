@@ -10,7 +10,7 @@ import socket
 from collections.abc import Sequence
 
 from vllm_pd.errors import PDError
-from vllm_pd.router import app
+from vllm_pd.router import serving
 from vllm_pd.router.workers.board import Board
 from vllm_pd.router.workers.shared import Shared
 
@@ -30,7 +30,7 @@ def run(link_fd: int, board_fd: int, listen_fds: Sequence[int]) -> int:
     """
     # Ctrl-C reaches all processes of a terminal; the parent tells when to stop.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    with app.prepared() as runner:
+    with serving.prepared() as runner:
         return runner.run(_work(link_fd, board_fd, [socket.socket(fileno=fd) for fd in listen_fds]))
 
 
@@ -42,7 +42,7 @@ async def _work(link_fd: int, board_fd: int, sockets: Sequence[socket.socket]) -
     try:
         start = await shared.start()
         shared.use_board(Board(board_fd, start.config.workers, start.index))
-        await app.serve(start.config, stop, shared=shared, sockets=sockets)
+        await serving.serve(start.config, stop, shared=shared, sockets=sockets)
     except PDError as exc:
         await shared.fail(str(exc))
         return 1

@@ -21,7 +21,7 @@ import msgspec
 
 from vllm_pd.config import RouterConfig
 from vllm_pd.errors import LaunchError
-from vllm_pd.router import app
+from vllm_pd.router import serving
 from vllm_pd.router.addresses import base_url, instance_id
 from vllm_pd.router.workers.board import Board, make_board
 from vllm_pd.router.workers.hub import Hub, Outgoing
@@ -66,7 +66,7 @@ def run(config: RouterConfig) -> int:
         ConfigError: the address cannot be used, or there are no instances.
         LaunchError: a worker does not start.
     """
-    app.check_instances(config)
+    serving.check_instances(config)
     asyncio.run(_run(config))
     return 0
 
@@ -150,7 +150,7 @@ class Parent:
         tasks: list[asyncio.Task[Any]] = [ended, hurry]
         await asyncio.wait(
             tasks,
-            timeout=app.SHUTDOWN_TIMEOUT_S + STOP_GRACE_S,
+            timeout=serving.SHUTDOWN_TIMEOUT_S + STOP_GRACE_S,
             return_when=asyncio.FIRST_COMPLETED,
         )
         hurry.cancel()
