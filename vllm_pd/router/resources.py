@@ -18,6 +18,7 @@ from vllm_pd.router.affinity import AffinityIndex
 from vllm_pd.router.api_keys import Access
 from vllm_pd.router.body_budget import BodyBudget
 from vllm_pd.router.describe import ControlLink
+from vllm_pd.router.generation import Backend
 from vllm_pd.router.handovers import HandoverWatch
 from vllm_pd.router.health import HealthLimits
 from vllm_pd.router.instances import InstancePool
@@ -26,7 +27,8 @@ from vllm_pd.router.metrics import Metrics
 from vllm_pd.router.newcomers import Newcomers
 from vllm_pd.router.observe import open_access_log
 from vllm_pd.router.probes import Probes
-from vllm_pd.router.proxy import Backend, Proxy
+from vllm_pd.router.proxy import Proxy
+from vllm_pd.router.queues import Queues
 from vllm_pd.router.spans import Tracer, open_tracer
 from vllm_pd.router.tls import client_tls
 from vllm_pd.router.upstream import Upstream
@@ -68,13 +70,18 @@ async def resources(app: web.Application) -> AsyncIterator[None]:
         pool.subscribe(lambda instance: index.forget(instance.base_url))
         pool.subscribe(lambda instance: handovers.forget(instance.base_url))
         stages = _stages(config, shared)
-        backend = Backend(
-            *(pool, upstream, control, index, stages, app[ACCESS], app[RNG]),
-            held=_held(config, app[METRICS], shared),
-        )
+        backend = Backend(pool, upstream, control, index, app[RNG])
         app[POOL] = pool
         app[STAGES] = stages
-        app[PROXY] = Proxy(backend, app[METRICS], config, tracer)
+        app[PROXY] = Proxy(
+            backend,
+            app[ACCESS],
+            Queues(stages, app[METRICS]),
+            _held(config, app[METRICS], shared),
+            app[METRICS],
+            config,
+            tracer,
+        )
         file = None
         if config.instances_file is not None:
             tell = None if shared is None else shared.tell_file
