@@ -19,7 +19,8 @@ def base_url(url: str) -> str:
 
     Raises:
         ConfigError: it is not an http(s) address, or carries a user, a query or a
-            fragment, which would have to be sent along with every request.
+            fragment, which would have to be sent along with every request, or its path
+            has a ``~``, and so the id of another one.
     """
     try:
         parts = urlsplit(url)
@@ -32,6 +33,8 @@ def base_url(url: str) -> str:
         raise ConfigError(f"instance address {url!r} has no host or port that can be used")
     if "@" in parts.netloc or "?" in url or "#" in url:
         raise ConfigError(f"instance address {url!r} must not have a user, a query or a fragment")
+    if "~" in parts.path:  # it stands for a slash in the instance's id
+        raise ConfigError(f"instance address {url!r} must not have a ~ in its path")
     if port is None or port == _DEFAULT_PORTS[parts.scheme]:
         authority = _bracketed(host)
     else:

@@ -52,6 +52,7 @@ def test_what_tells_instances_apart_stays(url: str, known_as: str) -> None:
         "http://host?a=b",
         "http://host?",
         "http://host/#a",
+        "http://host/a~b",
         "http://ho st",
         "http://host/\r\nX-Evil: 1",
         "http://h\u00f6st",
