@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass
+from typing import Self
+
+from vllm_pd.config import RouterConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,11 +25,25 @@ class HealthLimits:
         max_backoff_s: longest pause before a trial.
     """
 
-    failures_to_leave: int = 3
-    successes_to_return: int = 2
-    breaker_failures: int = 5
-    backoff_s: float = 1.0
-    max_backoff_s: float = 30.0
+    failures_to_leave: int
+    successes_to_return: int
+    breaker_failures: int
+    backoff_s: float
+    max_backoff_s: float
+
+    @classmethod
+    def of(cls, config: RouterConfig) -> Self:
+        """Return those of a configuration."""
+        return cls(
+            config.health_failures,
+            config.health_successes,
+            config.breaker_failures,
+            config.breaker_backoff_s,
+            config.breaker_max_backoff_s,
+        )
+
+
+DEFAULT_LIMITS = HealthLimits.of(RouterConfig())
 
 
 class Health(enum.Enum):

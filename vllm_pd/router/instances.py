@@ -11,7 +11,7 @@ from typing import Self
 
 from vllm_pd.config import InstanceSpec, Role, RoleLabel
 from vllm_pd.router.addresses import base_url, control_address, instance_id
-from vllm_pd.router.health import Breaker, BreakerState, HealthLimits, ProbeHistory
+from vllm_pd.router.health import DEFAULT_LIMITS, Breaker, BreakerState, HealthLimits, ProbeHistory
 from vllm_pd.router.instance import Instance, describe
 from vllm_pd.router.loads import Ledger, Work
 from vllm_pd.router.policy import InstanceView
@@ -113,7 +113,7 @@ class InstancePool:
         health_interval_s: float,
         scrape: Scrape | None = None,
         control: Control | None = None,
-        limits: HealthLimits = HealthLimits(),  # noqa: B008  # frozen
+        limits: HealthLimits = DEFAULT_LIMITS,
         row_of: Callable[[str], Row] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:

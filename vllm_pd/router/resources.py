@@ -117,7 +117,7 @@ def _pool(
         health_interval_s=config.health_interval_s,
         scrape=handovers.scrape,
         control=control,
-        limits=_limits(config),
+        limits=HealthLimits.of(config),
         row_of=None if shared is None else functools.partial(shared.row, "instance"),
     )
     for spec in config.instances:
@@ -168,13 +168,3 @@ def _capacity(config: RouterConfig, role: Role, num_instances: int) -> int:
     is_prefill = role is Role.PREFILL
     each = config.prefill_max_concurrent if is_prefill else config.decode_max_concurrent
     return each * num_instances
-
-
-def _limits(config: RouterConfig) -> HealthLimits:
-    return HealthLimits(
-        config.health_failures,
-        config.health_successes,
-        config.breaker_failures,
-        config.breaker_backoff_s,
-        config.breaker_max_backoff_s,
-    )

@@ -4,13 +4,14 @@ import asyncio
 import random
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from vllm_pd.config import InstanceSpec, Role, RoleLabel
 from vllm_pd.errors import ConfigError
-from vllm_pd.router.health import HealthLimits
+from vllm_pd.router.health import DEFAULT_LIMITS
 from vllm_pd.router.instance import Instance, State
 from vllm_pd.router.instances import InstancePool
 from vllm_pd.router.loads import Work
@@ -168,7 +169,7 @@ class Clock:
 
 async def test_requests_that_fail_in_a_row_stop_further_ones_although_probes_are_good() -> None:
     clock = Clock()
-    limits = HealthLimits(breaker_failures=2, backoff_s=1.0)
+    limits = replace(DEFAULT_LIMITS, breaker_failures=2, backoff_s=1.0)
     async with watched(FakeProbe(), clock=clock, limits=limits) as pool:
         for _ in range(2):
             with pool.in_use(the(pool, D1)) as use:
@@ -186,7 +187,9 @@ async def test_requests_that_fail_in_a_row_stop_further_ones_although_probes_are
 
 async def test_a_trial_whose_client_left_does_not_shut_the_instance_out() -> None:
     clock = Clock()
-    async with watched(FakeProbe(), clock=clock, limits=HealthLimits(breaker_failures=1)) as pool:
+    async with watched(
+        FakeProbe(), clock=clock, limits=replace(DEFAULT_LIMITS, breaker_failures=1)
+    ) as pool:
         with pool.in_use(the(pool, D1)) as use:
             use.failed(ConnectionResetError())
         await turns()

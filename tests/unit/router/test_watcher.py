@@ -3,7 +3,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -12,13 +12,13 @@ from tests.unit.protocol.test_messages import FINGERPRINT
 from vllm_pd.config import RoleLabel
 from vllm_pd.errors import PeerLostError
 from vllm_pd.protocol.messages import PROTOCOL_VERSION, Fingerprint, InstanceInfo, Outstanding
-from vllm_pd.router.health import Breaker, HealthLimits, ProbeHistory
+from vllm_pd.router.health import DEFAULT_LIMITS, Breaker, ProbeHistory
 from vllm_pd.router.instance import Instance, State
 from vllm_pd.router.loads import Load, Work
 from vllm_pd.router.watcher import Sources, Watcher
 
 CONTROL = ("127.0.0.1", 5600)
-LIMITS = HealthLimits(failures_to_leave=1, successes_to_return=1)
+LIMITS = replace(DEFAULT_LIMITS, failures_to_leave=1, successes_to_return=1)
 METRICS = "vllm:num_requests_running 2\nvllm:num_requests_waiting 3\nvllm:kv_cache_usage_perc 0.5\n"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 
 import pytest
 
@@ -10,7 +11,7 @@ from vllm_pd.config import Role, RoleLabel
 from vllm_pd.errors import OverloadedError
 from vllm_pd.router.affinity import AffinityIndex, read_prompt
 from vllm_pd.router.api_keys import Client, Limits
-from vllm_pd.router.health import HealthLimits
+from vllm_pd.router.health import DEFAULT_LIMITS
 from vllm_pd.router.instances import InstancePool
 from vllm_pd.router.loads import Ledger, Load, Work
 from vllm_pd.router.workers.board import Board, News, Row, make_board
@@ -185,7 +186,7 @@ def pool_of(clock: Clock) -> InstancePool:
         [URL],
         probe=healthy,
         health_interval_s=3600.0,
-        limits=HealthLimits(breaker_failures=2),
+        limits=replace(DEFAULT_LIMITS, breaker_failures=2),
         clock=clock,
     )
     for instance in pool:
