@@ -222,7 +222,7 @@ class Consumer:
             except PDError as exc:
                 self._end(part, now, exc)
                 continue
-            session.pending[part.fetch.fetch_id] = part
+            session.add(part)
             if session.state is SessionState.READY:
                 self._guard(session, now, partial(session.request, part, now))
 
