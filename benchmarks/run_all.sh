@@ -22,7 +22,7 @@ case ${1:-} in
   '') ;;
   --quick)
     quick=(--quick)
-    search=(--duration 40 --seeds 1 --tolerance 0.2 --deployment pd --deployment replicas)
+    search=(--duration 90 --seeds 1 --tolerance 0.2 --deployment pd --deployment replicas)
     ;;
   *)
     echo "error: unknown option $1; see the head of benchmarks/run_all.sh" >&2

@@ -14,8 +14,8 @@ from vllm_pd.errors import ConfigError
 
 _KEYS = ("ttft", "tpot", "e2el")
 
-_MAX_STRAIN = 2.0
-"""Beyond that a request is hardly more late than another: all missed their objectives."""
+_MIN_STRAIN, _MAX_STRAIN = 0.5, 2.0
+"""Beyond these, one request is as far from its limits as another."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,10 +76,10 @@ def parse_objectives(pairs: Sequence[str]) -> Objectives:
 def num_independent(runs: Sequence[Sequence[Record]], objectives: Objectives) -> float:
     """Return how many independent requests would say as much as these, which waited together.
 
-    By the memory of how close requests came to their limits, which shows where all met them, too.
+    By the memory of how close requests came to their limits, which shows also where all met them.
     """
     return sum(
-        len(run) / memory(np.asarray([objectives.strain(record) for record in run]))
+        len(run) / memory(np.asarray([max(objectives.strain(one), _MIN_STRAIN) for one in run]))
         for run in runs
         if run
     )

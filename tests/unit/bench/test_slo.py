@@ -38,13 +38,18 @@ def test_attainment_in_a_queue_is_covered_as_often_as_is_documented(count: int) 
 
 
 def test_requests_that_waited_together_say_less_than_independent_ones() -> None:
-    alternating = [record(ttft=0.1 + 0.05 * (number % 2)) for number in range(100)]
-    drifting = [record(ttft=0.1 + 0.0005 * number) for number in range(100)]
+    alternating = [record(ttft=0.15 + 0.05 * (number % 2)) for number in range(100)]
+    drifting = [record(ttft=0.1 + 0.002 * number) for number in range(100)]
     assert num_independent([alternating], OBJECTIVES) > 90
     assert num_independent([drifting], OBJECTIVES) < 10
     assert num_independent([drifting, drifting], OBJECTIVES) == pytest.approx(
         2 * num_independent([drifting], OBJECTIVES)
     )
+
+
+def test_requests_far_from_their_limits_are_all_alike() -> None:
+    drifting = [record(ttft=0.001 * number) for number in range(100)]
+    assert num_independent([drifting], OBJECTIVES) == 100
 
 
 def test_nothing_has_no_attainment() -> None:
