@@ -48,12 +48,16 @@ class NpuDevice(TorchDevice):
         torch_npu has a pool of 32 for each device, and hands them out in turn for ever.
         """
         used = {stream.number for stream in self._streams}
-        for _ in range(_POOL_LEN):
-            stream = NpuStream(self._npu, self._npu.Stream(device=self.index))
+        stream = self._draw_stream()
+        for _ in range(_POOL_LEN - 1):
             if stream.number not in used:
                 break
+            stream = self._draw_stream()
         self._streams.add(stream)
         return stream
+
+    def _draw_stream(self) -> NpuStream:
+        return NpuStream(self._npu, self._npu.Stream(device=self.index))
 
 
 def host_index_of(index: int, visible: str | None) -> str:

@@ -141,11 +141,11 @@ class NpuEngine:
         try:
             NPU.set_device(device)
             while not self._is_last:
-                if not self.is_held.is_set():
-                    worker.pump()
-                if group is not None:
+                if group is not None:  # first, as what an asynchronous scheduler has left
                     group.exchange()
                     self.num_exchanges += 1
+                if not self.is_held.is_set():
+                    worker.pump()
                 if not self.is_held.is_set() and any(report := worker.get_finished()):
                     reports.put(report)
                 if group is not None:
@@ -196,6 +196,7 @@ class NpuEngine:
 
 
 Make = Callable[..., NpuEngine]
+Set = Callable[[str, str], None]
 
 
 def load(producer: NpuEngine, *, transfer_id: str = "t", **changes: object) -> FetchRequest:

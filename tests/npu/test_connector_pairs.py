@@ -14,6 +14,7 @@ from tests.npu.engines import (
     GQA,
     Make,
     Model,
+    Set,
     fetch_everywhere,
     load,
     replace_blocks,
@@ -131,12 +132,13 @@ def test_transfers_of_several_requests_at_once_arrive(make: Make) -> None:
 
 @pytest.mark.parametrize("num_ranks", [1, 2])
 def test_transfers_are_issued_one_by_one_with_the_operations_of_the_model(
-    make: Make, num_ranks: int
+    make: Make, fake_set: Set, num_ranks: int
 ) -> None:
     """The ranks of both engines exchange something in every step; the double aborts on overlaps.
 
     HCCL 9.1 ``api_comm_impl.md``. Those operations are issued by torch_npu's own thread.
     """
+    fake_set("FAKE_CANN_ISSUE_US", "3000")  # so that what may overlap does
     producer = make("p", (0, 1), GQA, with_group=True)
     consumer = make("d", (2, 3) if num_ranks == 2 else (2,), GQA, first=10**6, with_group=True)
     for number in range(10):
