@@ -30,6 +30,7 @@ from vllm_pd.config import Role, RouterConfig
 from vllm_pd.errors import NoInstanceError
 from vllm_pd.router import policy
 from vllm_pd.router.affinity import NO_MATCHES, AffinityIndex
+from vllm_pd.router.body_budget import BodyBudget
 from vllm_pd.router.call import Call, Job
 from vllm_pd.router.decode import DecodeLegs, Opened, error_answer, failure_of, plain_answer
 from vllm_pd.router.describe import ControlLink
@@ -71,6 +72,7 @@ class Backend:
         control: their control endpoints.
         index: what they have seen.
         rng: decides between instances that are equal.
+        held: memory for the bodies of requests to them.
     """
 
     pool: InstancePool
@@ -78,6 +80,7 @@ class Backend:
     control: ControlLink
     index: AffinityIndex
     rng: random.Random
+    held: BodyBudget
 
 
 class Generation:

@@ -23,7 +23,6 @@ from vllm_pd.router import body as bodies
 from vllm_pd.router.admission import priority_of
 from vllm_pd.router.affinity import read_prompt, session_of
 from vllm_pd.router.api_keys import Access, unauthorized_response
-from vllm_pd.router.body_budget import BodyBudget
 from vllm_pd.router.call import Call, Job
 from vllm_pd.router.decode import error_answer
 from vllm_pd.router.generation import Backend, Generation
@@ -41,7 +40,6 @@ class Proxy:
         backend: the instances.
         access: the clients' keys.
         queues: where requests wait for them.
-        held: memory for the bodies of requests.
         metrics: take note of requests.
         config: of the router.
         tracer: traces requests; None: nobody wants that.
@@ -52,7 +50,6 @@ class Proxy:
         backend: Backend,
         access: Access,
         queues: Queues,
-        held: BodyBudget,
         metrics: Metrics,
         config: RouterConfig,
         tracer: Tracer | None,
@@ -61,7 +58,7 @@ class Proxy:
         self._index = backend.index
         self._access = access
         self._queues = queues
-        self._held = held
+        self._held = backend.held
         self._generation = Generation(backend, queues, metrics, config)
         self._metrics = metrics
         self._tracer = tracer

@@ -70,22 +70,14 @@ async def resources(app: web.Application) -> AsyncIterator[None]:
         pool.subscribe(lambda instance: index.forget(instance.base_url))
         pool.subscribe(lambda instance: handovers.forget(instance.base_url))
         stages = _stages(config, shared)
-        backend = Backend(pool, upstream, control, index, app[RNG])
+        held = _held(config, app[METRICS], shared)
+        backend = Backend(pool, upstream, control, index, app[RNG], held)
         app[POOL] = pool
         app[STAGES] = stages
         app[PROXY] = Proxy(
-            backend,
-            app[ACCESS],
-            Queues(stages, app[METRICS]),
-            _held(config, app[METRICS], shared),
-            app[METRICS],
-            config,
-            tracer,
+            backend, app[ACCESS], Queues(stages, app[METRICS]), app[METRICS], config, tracer
         )
-        file = None
-        if config.instances_file is not None:
-            tell = None if shared is None else shared.tell_file
-            file = InstancesFile(Path(config.instances_file), pool, tell=tell)
+        file = _file(config, pool, shared)
         await pool.start()
         stack.push_async_callback(pool.stop)
         if shared is not None:
@@ -123,6 +115,13 @@ def _pool(
     for spec in config.instances:
         pool.add(spec)
     return pool
+
+
+def _file(config: RouterConfig, pool: InstancePool, shared: Shared | None) -> InstancesFile | None:
+    if config.instances_file is None:
+        return None
+    tell = None if shared is None else shared.tell_file
+    return InstancesFile(Path(config.instances_file), pool, tell=tell)
 
 
 def _tracer(config: RouterConfig, stack: contextlib.AsyncExitStack) -> Tracer | None:

@@ -11,7 +11,7 @@ from tests.unit.router.conftest import StartInstance, StartRouter
 from tests.unit.router.fakes import FakeInstance, Streams, drops
 from tests.unit.router.test_bad_clients import send, status_of
 from vllm_pd.config import RoleLabel
-from vllm_pd.router.app import POOL
+from vllm_pd.router.resources import POOL
 
 RESPONSES = "/v1/responses"
 GOES_ON = {"model": "m", "input": "go on", "previous_response_id": "resp_1"}
