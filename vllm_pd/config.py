@@ -205,9 +205,9 @@ class RouterConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         local_prefill_cost: how many times as dear a prompt token is on a decode instance
             as on a prefill instance; a prompt is prefilled where it is decoded if that
             is cheaper than the queue of the prefill instance. None: never for that reason.
-        early_decode_s: how long before the end of a prefill, as far as that can be told,
-            the decode leg is sent, so that it loses no time when the KV cache is there;
-            0: after the end.
+        early_decode_s: how long before the end of a prefill the decode leg is sent, so that
+            it loses no time when the KV cache is there; a tenth of what the prefill is
+            expected to take comes on top, as that can be wrong. 0: after the end.
         health_interval_s: pause between two health probes of an instance.
         health_failures: failed probes in a row that take an instance out of use.
         health_successes: good probes in a row that bring it back.
@@ -309,7 +309,9 @@ class RouterConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, not {getattr(self, name)}")
         if not 0 <= self.early_decode_s < math.inf:
-            raise ValueError(f"early_decode_s must not be negative, not {self.early_decode_s}")
+            raise ValueError(
+                f"early_decode_s must be finite and not negative, not {self.early_decode_s}"
+            )
         if self.local_prefill_cost is not None:
             _check_positive(self, "local_prefill_cost")
         if not 1 <= self.workers <= MAX_ROUTER_WORKERS:

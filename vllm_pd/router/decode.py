@@ -44,6 +44,10 @@ class TruncatedError(OSError):
     """The stream ended without saying that it is complete."""
 
 
+_SMALL_LEN = 1 << 16
+"""Bytes that are left to the kernel and aiohttp at once; about as much as they hold."""
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Opened:
     """The beginning of a decode instance's answer; counts as work there until closed.
@@ -170,13 +174,28 @@ class DecodeLegs:
         answer = opened.answer
         if not answer.streamed:
             self._metrics.note_timeline(timeline_of(answer.first))
-            return plain_answer(call, answer, repaired(answer.first, details))
+            body = repaired(answer.first, details)
+            if len(body) > _SMALL_LEN:
+                return await self._send_whole(call, answer, body)
+            return plain_answer(call, answer, body)
         call.outcome.code = answer.status
         response = web.StreamResponse(status=answer.status, headers=_headers(call, answer))
         await response.prepare(call.request)
         reader = SseReader(details, can_abort=_can_abort(call))
         with Sink(call, response, timeout_s=self._client_timeout_s) as client:
             await self._relay_stream(call, opened, reader, client)
+        return response
+
+    async def _send_whole(self, call: Call, answer: Answer, body: bytes) -> web.StreamResponse:
+        """Send an answer in parts, so that a client who takes none of it does not keep it."""
+        _note_answer(call, answer)
+        response = web.StreamResponse(status=answer.status, headers=_headers(call, answer))
+        response.content_length = len(body)
+        await response.prepare(call.request)
+        with Sink(call, response, timeout_s=self._client_timeout_s) as client:
+            for start in range(0, len(body), _SMALL_LEN):
+                await client.write(body[start : start + _SMALL_LEN])
+            await client.end()
         return response
 
     async def _relay_stream(
@@ -266,11 +285,15 @@ def _for_a_while(context: contextlib.AbstractContextManager[None]) -> Iterator[N
 
 def plain_answer(call: Call, answer: Answer, body: bytes) -> web.Response:
     """Return an instance's whole answer, with another body, for the client."""
-    call.outcome.code = answer.status
+    _note_answer(call, answer)
     call.record.passed(body)
+    return web.Response(status=answer.status, headers=_headers(call, answer), body=body)
+
+
+def _note_answer(call: Call, answer: Answer) -> None:
+    call.outcome.code = answer.status
     if answer.status >= 400:
         call.record.error = "refused by an instance"
-    return web.Response(status=answer.status, headers=_headers(call, answer), body=body)
 
 
 def error_answer(

@@ -15,21 +15,35 @@ class Early:
 
     def __init__(self) -> None:
         self._params: Mapping[str, object] = {}
-        self._task: asyncio.Task[Opened] | None = None
+        self._task: asyncio.Task[Opened | None] | None = None
         self._is_sent = False
 
     def start(
-        self, params: Mapping[str, object], pause_s: float, send: Callable[[], Awaitable[Opened]]
+        self,
+        params: Mapping[str, object],
+        pause_s: float,
+        send: Callable[[], Awaitable[Opened] | None],
     ) -> None:
-        """Send it after that pause, if nobody has asked for it until then."""
+        """Send it after that pause, if nobody has asked for it until then.
+
+        Args:
+            params: what it waits for.
+            pause_s: how long it is not sent.
+            send: sends it, if it still may be sent then.
+        """
         self._params = params
         self._task = asyncio.create_task(self._run(pause_s, send))
 
-    async def _run(self, pause_s: float, send: Callable[[], Awaitable[Opened]]) -> Opened:
+    async def _run(
+        self, pause_s: float, send: Callable[[], Awaitable[Opened] | None]
+    ) -> Opened | None:
         if pause_s > 0:
             await asyncio.sleep(pause_s)
+        opening = send()
+        if opening is None:
+            return None
         self._is_sent = True
-        return await send()
+        return await opening
 
     async def take(self, prefilled: Prefilled) -> Opened | None:
         """Return its answer, if it waited for this prefill and none of the two failed."""
@@ -43,6 +57,7 @@ class Early:
             opened = await asyncio.shield(task)
         except UPSTREAM_ERRORS:
             self._task = None
+            del task  # with its error, which keeps this frame and the body that was sent
             return None
         self._task = None
         return opened
@@ -55,7 +70,7 @@ class Early:
             task.add_done_callback(_close_unwanted)
 
 
-def _close_unwanted(task: asyncio.Task[Opened]) -> None:
+def _close_unwanted(task: asyncio.Task[Opened | None]) -> None:
     """End an answer that came although its leg was given up."""
-    if not task.cancelled() and task.exception() is None:
-        task.result().close()
+    if not task.cancelled() and task.exception() is None and (opened := task.result()):
+        opened.close()

@@ -22,7 +22,7 @@ import logging
 import random
 import secrets
 import time
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -151,7 +151,7 @@ class Generation:
             # A new id for each attempt: the instance that failed may still hold blocks.
             transfer_id = secrets.token_hex(16)
             to_prefill = policy.tokens_to_prefill(choice, job.prompt.num_tokens, job.matches)
-            if len(tried) == 1 and policy.may_decode_early(choice):
+            if len(tried) == 1 and policy.may_decode_early(choice.decode):
                 self._open_early(call, job, choice, transfer_id, early, to_prefill)
             self._index.note(job.prompt, instance.base_url)
             began = time.monotonic()
@@ -191,13 +191,24 @@ class Generation:
             return
         instance = self._pool.at(pair.decode)
 
-        def send() -> Awaitable[Opened]:
+        def send() -> Awaitable[Opened] | None:
+            if pause_s > 0 and not self._still_decodes(instance):
+                return None
             self._index.note(job.prompt, instance.base_url)
             return self._decode_legs.open(
                 instance, call, job.leg(params), _work(job), is_early=True
             )
 
         early.start(params, pause_s, send)
+
+    def _still_decodes(self, instance: Instance) -> bool:
+        """Return whether an instance that was chosen a while ago may still get a decode leg."""
+        return (
+            instance in self._pool
+            and instance.serves(Role.DECODE)
+            and self._pool.is_accepting(instance)
+            and policy.may_decode_early(instance.view(0.0))
+        )
 
     async def _finish(
         self,
@@ -216,13 +227,18 @@ class Generation:
                 return await self._decode_only(call, job, result.reason)
             return await self._fall_back(call, job, result.reason)
         call.outcome.path = PATH_DISAGGREGATED
+        tried: set[str] = set()
         try:
             began = time.monotonic()
             opened = await early.take(result)
             if opened is not None and opened.answer.status >= 500:
+                tried.add(opened.instance.base_url)
+            if tried and self._choose_decode(job, result.instance, tried) is not None:
+                assert opened is not None
                 opened.close()  # perhaps another one does better
             elif opened is not None:
-                self._metrics.early_decodes.inc()
+                if opened.answer.status == 200:
+                    self._metrics.early_decodes.inc()
                 if opened.answer.streamed:
                     self._metrics.note_decode_start(time.monotonic() - began)
                 self._note_refusal(opened, result)
@@ -231,7 +247,12 @@ class Generation:
                     _let_go(call, job)
                     return await self._decode_legs.relay(call, opened, result.details)
             return await self.decode(
-                call, job.leg(result.kv_params), _work(job), job=job, prefilled=result
+                call,
+                job.leg(result.kv_params),
+                _work(job),
+                job=job,
+                prefilled=result,
+                tried=tried,
             )
         except asyncio.CancelledError:
             self._release(result.instance, str(result.kv_params.get("transfer_id")))
@@ -286,6 +307,7 @@ class Generation:
         prefilled: Prefilled | None = None,
         first: InstanceView | None = None,
         only: Instance | None = None,
+        tried: Collection[str] = (),
     ) -> web.StreamResponse:
         """Send the decode leg and relay its answer; another instance is tried if one fails.
 
@@ -297,19 +319,23 @@ class Generation:
             prefilled: where its KV cache is; None: nowhere.
             first: the instance for the first attempt; None: any.
             only: the one instance that can do it; None: any can.
+            tried: instances that have failed with this request.
 
         Raises:
             NoInstanceError: there is no instance to try.
         """
         details = prefilled.details if prefilled else _NO_DETAILS
         producer = prefilled.instance if prefilled else None
-        tried: set[str] = set()
+        tried = set(tried)
+
+        def choose() -> InstanceView | None:
+            return None if only else self._choose_decode(job, producer, tried)
+
         if only is not None:
             first = only.view(0.0)
-            tried = {one.base_url for one in self._pool}
         # Not the exception: it would keep this frame, and with it the body, from being freed.
         failure: tuple[int, str] | None = None
-        while (view := first or self._choose_decode(job, producer, tried)) is not None:
+        while (view := first or choose()) is not None:
             first = None
             instance = self._pool.at(view)
             tried.add(instance.base_url)
@@ -332,7 +358,7 @@ class Generation:
                 # Perhaps its engine is dead. One more is tried, and no further one: the request
                 # may be what engines cannot stand.
                 is_first = opened.answer.status >= 500 and len(tried) == 1
-                if is_first and self._choose_decode(job, producer, tried) is not None:
+                if is_first and choose() is not None:
                     continue
                 self._note_refusal(opened, prefilled)
                 self._metrics.note_first_bytes(call.outcome, streamed=opened.answer.streamed)

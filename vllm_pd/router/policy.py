@@ -144,12 +144,12 @@ def has_pair(prefill: Sequence[InstanceView], decode: Sequence[InstanceView]) ->
     return any(_is_pair(one, other) for one in producers for other in consumers)
 
 
-def may_decode_early(pair: Pair) -> bool:
-    """Return whether the decode leg may be sent while its prefill still runs.
+def may_decode_early(decode: InstanceView) -> bool:
+    """Return whether a decode leg may be sent there while its prefill still runs.
 
     It takes blocks at the decode instance for that time, so they must not be scarce.
     """
-    scrape = pair.decode.scrape
+    scrape = decode.scrape
     return scrape is None or scrape.load.kv_usage < _SPARE_KV_USAGE
 
 

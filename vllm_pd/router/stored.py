@@ -19,7 +19,7 @@ from typing import Any
 from vllm_pd.errors import NoInstanceError
 from vllm_pd.router.body import RESPONSES
 from vllm_pd.router.call import Call
-from vllm_pd.router.instance import Instance
+from vllm_pd.router.instance import Instance, State
 from vllm_pd.router.instances import InstancePool
 from vllm_pd.router.upstream import UPSTREAM_ERRORS, Upstream
 
@@ -50,6 +50,7 @@ class StoredResponses:
         self._pool = pool
         self._upstream = upstream
         self._known: OrderedDict[str, str] = OrderedDict()  # base URLs, by id
+        pool.subscribe(self._forget)
 
     async def speaker(self, call: Call) -> Instance:
         """Return the instance to answer a request for a stored response.
@@ -81,8 +82,9 @@ class StoredResponses:
         candidates = [one for one in self._pool if one.healthy]
         if not candidates:
             raise NoInstanceError("No instance is available.")
-        if len(candidates) == 1:
-            return candidates[0], candidates[0]
+        here = list(self._pool)
+        if len(here) == 1:
+            return here[0], here[0]
         if (known := self._known_owner(response_id)) is not None:
             return known, known
         found = await asyncio.gather(*(self._ask(call, one, response_id) for one in candidates))
@@ -93,7 +95,8 @@ class StoredResponses:
         if owner is not None:
             self._remember(response_id, owner)
             return owner, owner
-        if not statuses or None in statuses.values():
+        is_silent = any(not one.healthy and one.state is not State.STARTING for one in here)
+        if not statuses or is_silent or None in statuses.values():
             raise NoInstanceError("An instance that may have the response does not answer.")
         # One that says anything but "not found" has more to tell.
         return None, max(statuses, key=lambda one: statuses[one] != 404)
@@ -107,6 +110,11 @@ class StoredResponses:
             raise NoInstanceError("The instance that has the response does not answer.")
         self._known.move_to_end(response_id)
         return owner
+
+    def _forget(self, instance: Instance) -> None:
+        """Forget what was found at an instance, which has lost it or is gone."""
+        for response_id in [key for key, url in self._known.items() if url == instance.base_url]:
+            del self._known[response_id]
 
     async def _ask(self, call: Call, instance: Instance, response_id: str) -> int | None:
         """Return the status with which an instance answers for a response; None: it does not."""

@@ -13,6 +13,8 @@ from tests.unit.protocol.test_messages import FINGERPRINT
 from tests.unit.router.conftest import StartInstance, StartRouter
 from tests.unit.router.fakes import Client, FakeInstance, answers, completes, drops, hangs
 from vllm_pd.config import ConnectorConfig, Role, RoleLabel
+from vllm_pd.router.early import Early
+from vllm_pd.router.prefill import Prefilled
 from vllm_pd.router.resources import POOL
 from vllm_pd.session.instance import InstanceEndpoint
 
@@ -149,6 +151,53 @@ async def test_it_is_not_sent_long_before_its_prefill_is_expected_to_end(
     assert params["remote_num_tokens"] == 2
 
 
+async def test_it_is_sent_once_its_prefill_is_expected_to_end_soon(
+    start_router: StartRouter, producer: Producer, prefill: FakeInstance, decode: FakeInstance
+) -> None:
+    router = await start_router([prefill], [decode], early_decode_s=59.9)
+    await known(router, prefill, decode)
+    for instance in router.app[POOL]:
+        for num_tokens in (1, 2, 4, 8):
+            for _ in range(99):
+                instance.forecast.note(num_tokens, num_tokens * 60 / 0.9)
+    producer.go_on.clear()
+    asked = asyncio.create_task(post(router))
+    await decode.started.wait()
+    producer.go_on.set()
+    assert await asked == (200, "disaggregated")
+    (params,) = params_of(decode)
+    assert params["remote_num_tokens"] is None
+
+
+async def test_an_instance_that_is_drained_meanwhile_gets_no_leg() -> None:
+    early = Early()
+    sent = asyncio.Event()
+
+    def refuse() -> None:
+        sent.set()
+
+    early.start({}, 0.001, refuse)
+    await sent.wait()
+    assert await early.take(Prefilled.__new__(Prefilled)) is None
+
+
+@pytest.mark.parametrize("num_decode", [1, 2])
+async def test_an_early_leg_that_fails_is_tried_once_more_elsewhere_and_no_further(
+    start_router: StartRouter,
+    start_instance: StartInstance,
+    prefill: FakeInstance,
+    num_decode: int,
+) -> None:
+    decode = [await start_instance(completes) for _ in range(num_decode)]
+    router = await start_router([prefill], decode, early_decode_s=60)
+    await known(router, prefill, *decode)
+    for one in decode:
+        one.behave = answers(500, {"error": {"message": "no", "code": 500}})
+    async with router.post(COMPLETIONS, json=BODY) as response:
+        assert response.status == 500
+    assert [len(one.received) for one in decode] == [1] * num_decode
+
+
 async def test_scarce_blocks_are_not_taken_early(
     start_router: StartRouter, prefill: FakeInstance, decode: FakeInstance
 ) -> None:
@@ -180,7 +229,9 @@ async def test_a_decode_leg_whose_prefill_failed_is_given_up(
     prefill: FakeInstance,
 ) -> None:
     decode = await start_instance(waits_if_early)
-    router = await known(await start_router([prefill], [decode]), prefill, decode)
+    router = await known(
+        await start_router([prefill], [decode], early_decode_s=60), prefill, decode
+    )
     producer.status = 500
     assert await post(router) == (200, "decode-only")
     early, last = params_of(decode)
@@ -197,7 +248,8 @@ async def test_the_early_leg_does_not_outlive_the_prefill_it_waits_for(
 ) -> None:
     other = await start_instance(hangs)
     decode = await start_instance(waits_if_early)
-    router = await known(await start_router([prefill, other], [decode]), prefill, decode)
+    router = await start_router([prefill, other], [decode], early_decode_s=60)
+    await known(router, prefill, decode)
     producer.status = 500
     asked = asyncio.create_task(post(router))
     await other.started.wait()
@@ -251,7 +303,9 @@ async def test_a_prefill_at_another_engine_than_expected_is_fetched_there(
     prefill: FakeInstance,
 ) -> None:
     decode = await start_instance(waits_if_early)
-    router = await known(await start_router([prefill], [decode]), prefill, decode)
+    router = await known(
+        await start_router([prefill], [decode], early_decode_s=60), prefill, decode
+    )
     producer.engine_id = "p1"
     assert await post(router) == (200, "disaggregated")
     assert await post(router) == (200, "disaggregated")

@@ -240,8 +240,8 @@ def test_a_prefill_instance_has_its_backlog_and_what_it_has_not_cached_to_comput
 def test_no_decode_leg_is_early_where_blocks_are_scarce() -> None:
     scarce = Scrape(Load(0, 0, 0.5), num_own=0)
 
-    assert not may_decode_early(Pair(view("p"), view("d", scrape=scarce)))
-    assert may_decode_early(Pair(view("p"), view("d")))
+    assert not may_decode_early(view("d", scrape=scarce))
+    assert may_decode_early(view("d"))
 
 
 def test_a_session_alone_does_not_make_a_prompt_short() -> None:

@@ -1,17 +1,16 @@
 from __future__ import annotations
 
+import asyncio
 import json
-from typing import TYPE_CHECKING
 from unittest.mock import Mock
 
-from aiohttp import web
+import pytest
+from aiohttp import ClientError, web
 
 from tests.unit.router.conftest import StartInstance, StartRouter
-from tests.unit.router.fakes import FakeInstance, Streams, completes
+from tests.unit.router.fakes import FakeInstance, Streams, answers, completes
+from vllm_pd.router.resources import POOL
 from vllm_pd.router.sse import SseReader
-
-if TYPE_CHECKING:
-    import pytest
 
 DONE = b"data: [DONE]\n\n"
 CHAT = "/v1/chat/completions"
@@ -66,6 +65,30 @@ async def test_a_client_that_takes_nothing_is_given_up(
         assert response.status == 200
         await decode.ended.wait()  # although nobody has read or left
     assert [record for record in caplog.records if record.levelname == "ERROR"] == []
+
+
+async def test_a_client_that_takes_nothing_of_a_long_answer_is_given_up(
+    start_router: StartRouter, start_instance: StartInstance, prefill: FakeInstance
+) -> None:
+    decode = await start_instance(answers(200, {"text": "x" * 2**25}))
+    router = await start_router([prefill], [decode], client_timeout_s=0.05)
+    async with router.post(CHAT, json=BODY) as response:
+        assert response.status == 200
+        while any(one.in_flight for one in router.app[POOL]):  # noqa: ASYNC110 - no event for it
+            await asyncio.sleep(0.01)
+        with pytest.raises(ClientError):
+            await response.read()
+
+
+async def test_a_long_answer_comes_whole(
+    start_router: StartRouter, start_instance: StartInstance, prefill: FakeInstance
+) -> None:
+    long = {"text": "x" * 1_000_001}
+    decode = await start_instance(answers(200, long))
+    router = await start_router([prefill], [decode])
+    for _ in range(2):  # on one connection
+        async with router.post(CHAT, json=BODY) as response:
+            assert await response.json() == long
 
 
 async def test_a_stream_that_ends_without_saying_so_ends_with_an_error_event(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 
 import pytest
@@ -10,7 +11,7 @@ from aiohttp import web
 from tests.unit.router.conftest import StartInstance, StartRouter
 from tests.unit.router.fakes import FakeInstance, Streams, drops
 from tests.unit.router.test_bad_clients import send, status_of
-from vllm_pd.config import RoleLabel
+from vllm_pd.config import InstanceSpec, Role, RoleLabel
 from vllm_pd.router.resources import POOL
 
 RESPONSES = "/v1/responses"
@@ -74,6 +75,39 @@ async def test_a_response_is_fetched_from_the_instance_that_has_it(
     async with router.get(f"{RESPONSES}/{response_id}") as response:
         assert response.status == 200
         assert (await response.json())["id"] == response_id
+
+
+async def test_a_response_may_be_where_nobody_answers(
+    start_router: StartRouter, prefill: FakeInstance, owner: FakeInstance
+) -> None:
+    router = await start_router([prefill], [owner])
+    (instance,) = [one for one in router.app[POOL] if one.serves(Role.DECODE)]
+    owner.healthy = False
+    while instance.healthy:
+        instance.probe_now.set()
+        await asyncio.sleep(0.001)
+
+    async with router.get(f"{RESPONSES}/resp_1") as response:
+        assert response.status == 503
+    assert asked(owner) == []
+
+
+async def test_what_was_found_at_an_instance_that_lost_it_is_asked_for_again(
+    start_router: StartRouter, prefill: FakeInstance, other: FakeInstance, owner: FakeInstance
+) -> None:
+    router = await start_router([prefill], [other, owner])
+    async with router.get(f"{RESPONSES}/resp_1") as response:
+        assert response.status == 200
+    other.behave, owner.behave = Store("resp_1"), Store()
+    pool = router.app[POOL]
+    (instance,) = [one for one in pool if one.base_url == owner.url]
+    pool.remove(instance)
+    again = pool.add(InstanceSpec(url=owner.url, role=RoleLabel.DECODE))
+    while not again.healthy:  # noqa: ASYNC110 - no event for it
+        await asyncio.sleep(0.001)
+
+    async with router.get(f"{RESPONSES}/resp_1") as response:
+        assert response.status == 200
 
 
 async def test_a_response_that_nobody_has_is_not_found_in_vllms_words(

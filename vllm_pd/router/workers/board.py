@@ -22,7 +22,7 @@ import xxhash
 logger = logging.getLogger(__name__)
 
 NUM_ROWS = 4096
-"""Rows of a part: one for each instance and each API key, and one for each stage."""
+"""Rows of a part: one for each instance, API key and stage, and one for all bodies."""
 
 _NUM_COLUMNS = 4
 NUM_NEWS = 8192
