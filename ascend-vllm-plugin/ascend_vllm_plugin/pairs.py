@@ -169,6 +169,8 @@ class Pairs:
         if isinstance(frame, Ready):
             if pair.direction is Direction.SENDING:
                 raise RemoteProtocolError("Ready from a consumer")
+            if pair.job is not None or pair.channel is not None:
+                raise RemoteProtocolError("Ready for a pair that has its turn already")
             self._want(pair)
         elif isinstance(frame, Request):
             if pair.meeting.is_leader:

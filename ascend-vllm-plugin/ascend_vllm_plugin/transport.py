@@ -244,6 +244,7 @@ class HcclTransport(HostTransport):
             self._begin_pair(peer_id, Direction.SENDING)
 
     def _begin_pair(self, peer_id: str, direction: Direction) -> Pair:
+        self._forget(peer_id, direction)  # a new link may be seen before the end of the old one
         pair = self._pairs.begin(peer_id, direction, self._peers[peer_id])
         self._pairs_by_key[peer_id, direction] = pair
         self._traffic.open(pair)

@@ -40,7 +40,8 @@ PUMP_INTERVAL_S = 0.001
 LANDING_WAIT_S = 0.002
 """Longest wait for the session thread to say what became of what a transport has ended.
 
-It takes a fraction of that; a result that is not there yet costs its request a whole step.
+A result that is not there yet costs its request a whole step. The wait is in vain where what
+ended was not the last part of a fetch.
 """
 
 
@@ -214,8 +215,7 @@ class PDConnectorWorker:
         self._not_started = []
         if self._manager is None:
             return set(), finished_recving
-        if self.pump() and self._num_fetching:  # so that it is not reported a step late
-            self._manager.wait_results(LANDING_WAIT_S)
+        self._pump_for_results(self._manager)
         results = self._manager.take_results()
         self._num_fetching -= len(results.fetched)
         for fetched in results.fetched:
@@ -233,6 +233,19 @@ class PDConnectorWorker:
             )
             self._invalid_block_ids.update(fetched.block_ids)
         return set(results.freed), finished_recving
+
+    def _pump_for_results(self, manager: SessionManager) -> None:
+        """Pump once more, so that what ended meanwhile is not reported a step late.
+
+        Never raises: an error of a plugin must not cost the reports that are there.
+        """
+        try:
+            has_ended = self.pump()
+        except Exception:
+            logger.exception("a transport failed where the engine's thread looks after it")
+            return
+        if has_ended and self._num_fetching:
+            manager.wait_results(LANDING_WAIT_S)
 
     def add_saved_blocks(self, num_blocks: int) -> None:
         """Count blocks of prompts that the prefix cache has whole, so that none is fetched."""

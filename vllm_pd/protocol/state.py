@@ -78,12 +78,11 @@ class SessionState(enum.Enum):
 
     ::
 
-        DESCRIBING -> GREETING -> READY
-             |            |         |
-             +------------+---------+--> CLOSED
+        GREETING -> READY
+            |         |
+            +---------+--> CLOSED
     """
 
-    DESCRIBING = enum.auto()  # asking the instance endpoint for the worker's address
     GREETING = enum.auto()  # Hello sent to the worker
     READY = enum.auto()
     CLOSED = enum.auto()

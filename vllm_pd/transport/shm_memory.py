@@ -51,9 +51,9 @@ class OfferedMemory:
                 memory.lock_pages(span.addr, span.num_bytes)
         except OSError as exc:
             logger.info(
-                "shm: the KV cache is not locked into memory: %s. Where the kernel reclaims idle "
-                "memory, copies after a pause are slower; raise the limit with `ulimit -l` or, "
-                "in a container, `--ulimit memlock=-1`",
+                "shm: not all of the KV cache is locked into memory: %s. Where the kernel reclaims "
+                "idle memory, copies after a pause are slower; raise the limit with `ulimit -l` "
+                "or, in a container, `--ulimit memlock=-1`",
                 exc.strerror,
             )
 

@@ -330,6 +330,30 @@ def test_load_before_registration_is_reported_as_failed() -> None:
     assert worker.take_invalid_block_ids() == {6, 7}
 
 
+def test_what_ended_in_the_last_look_of_a_step_is_reported_in_it(
+    engines: tuple[Engine, Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(PDConnectorWorker, "pump", lambda _: True)
+    monkeypatch.setattr("vllm_pd.connector.worker.LANDING_WAIT_S", TIMEOUT_S)
+    producer, consumer = engines
+    producer.workers[0].start([], [GRANT], [])
+    consumer.workers[0].start([load(producer)], [], [])
+    assert consumer.workers[0].get_finished() == (set(), {"decode-1"})
+
+
+def test_a_transport_that_fails_in_the_last_look_costs_no_report(
+    engines: tuple[Engine, Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_: PDConnectorWorker) -> bool:
+        raise RuntimeError("the device is gone")
+
+    monkeypatch.setattr(PDConnectorWorker, "pump", fail)
+    _, consumer = engines
+    consumer.workers[0].fail([("decode-1", (5,))])
+    assert consumer.workers[0].get_finished() == (set(), {"decode-1"})
+    assert consumer.workers[0].take_invalid_block_ids() == {5}
+
+
 def test_memory_of_a_device_is_refused_with_the_reason_of_each_transport() -> None:
     worker = PDConnectorWorker(CONFIG, engine_id="d", tp_rank=0, tp_size=1, fingerprint=FINGERPRINT)
     cache = torch.zeros(NUM_BLOCKS, 2, BLOCK_SIZE, HEAD_SIZE, device="meta")

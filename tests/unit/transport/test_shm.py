@@ -83,7 +83,7 @@ def test_memory_that_may_not_be_locked_is_shared_all_the_same(
     with caplog.at_level(logging.INFO):
         worker = make("decode")
     assert worker.transport.mode == ("memfd", "")
-    assert "not locked into memory: Operation not permitted" in caplog.text
+    assert "locked into memory: Operation not permitted" in caplog.text
 
 
 @pytest.fixture
