@@ -15,7 +15,6 @@ from vllm_pd.bench.slo import Objectives, attainment
 from vllm_pd.bench.stats import Interval, mean, percentile
 from vllm_pd.bench.steady import Regime, answer_rates, judge
 from vllm_pd.bench.verdict import (
-    ATTAINMENT,
     Finding,
     Verdict,
     compare,
@@ -155,9 +154,9 @@ class Duel:
             if (found := self.named(verdict))
         ]
         names = f"{self.ours.deployment} against {self.theirs.deployment}"
-        text = f"{names} is " + "; ".join(parts)
-        if self.named(Verdict.WITHHELD):
-            text = f"{names}: {Verdict.WITHHELD.value}"
+        text = f"{names} is {'; '.join(parts)}" if parts else f"{names}: {Verdict.WITHHELD.value}"
+        if parts and self.named(Verdict.WITHHELD):
+            text += f"; all else: {Verdict.WITHHELD.value}"
         if self.ours.failed or self.theirs.failed:
             text += " (failed: " + ", ".join(
                 f"{cell.failed} of {cell.count} requests of {cell.deployment}"
@@ -231,10 +230,9 @@ def duel_rows(fought: Iterable[Duel]) -> list[Row]:
         }
         for finding in duel.findings:
             labelled = {**labels, "verdict": finding.verdict.value}
-            is_share = finding.name == ATTAINMENT
-            figure = f"{'difference' if is_share else 'ratio'} of {finding.name}"
-            found = finding.comparison.difference if is_share else finding.comparison.ratio
-            unit = "share" if is_share else "x"
+            figure = f"{'difference' if finding.is_difference else 'ratio'} of {finding.name}"
+            unit = "share" if finding.is_difference else "x"
+            found = finding.interval
             rows.append(Row(labelled, figure, found.value, unit, found.low, found.high))
     return rows
 
@@ -246,12 +244,11 @@ def _is_paired(one: Cell, other: Cell) -> bool:
 
 def shown(finding: Finding) -> str:
     """Return a ratio, or the difference of an SLO attainment in points, with its interval."""
-    if finding.name == ATTAINMENT:
-        points = finding.comparison.difference
-        value, low, high = (f"{100 * one:+.1f}" for one in (points.value, points.low, points.high))
+    found = finding.interval
+    if finding.is_difference:
+        value, low, high = (f"{100 * one:+.1f}" for one in (found.value, found.low, found.high))
         return f"{value} points ({low} to {high})"
-    ratio = finding.comparison.ratio
-    return f"{number(ratio.value)} x ({number(ratio.low)} to {number(ratio.high)})"
+    return f"{number(found.value)} x ({number(found.low)} to {number(found.high)})"
 
 
 def _brief(finding: Finding) -> str:

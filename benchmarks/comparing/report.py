@@ -168,7 +168,7 @@ def _causes(cell: Cell) -> str:
 def _sentence(duel: Duel) -> str:
     text = duel.sentence()
     has_won = {verdict: bool(duel.named(verdict)) for verdict in Verdict}
-    if has_won[Verdict.BETTER] == has_won[Verdict.WORSE]:
+    if has_won[Verdict.BETTER] == has_won[Verdict.WORSE] or has_won[Verdict.WITHHELD]:
         return text
     word = "better" if has_won[Verdict.BETTER] else "worse"
     return f"{text} In all: {word} wherever there is a verdict."

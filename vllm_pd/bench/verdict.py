@@ -39,7 +39,7 @@ class Finding:
         is_paired: whether the same requests were answered by both. Those that fail are
             often the slow ones, so leaving them out on one side makes that side look good.
         is_enough: whether there were requests enough for this statistic.
-        is_more_better: whether more is better; then the difference decides, as theirs may be 0.
+        is_more_better: whether more is better.
     """
 
     name: str
@@ -49,15 +49,24 @@ class Finding:
     is_more_better: bool = False
 
     @property
+    def is_difference(self) -> bool:
+        """Whether it is a difference: of SLO attainments, of which theirs may be 0."""
+        return self.name == ATTAINMENT
+
+    @property
+    def interval(self) -> Interval:
+        """What is shown and judged: ratio or difference."""
+        return self.comparison.difference if self.is_difference else self.comparison.ratio
+
+    @property
     def verdict(self) -> Verdict:
         """What can be said."""
         if not self.is_paired:
             return Verdict.WITHHELD
         if not (self.is_enough and self.comparison.is_enough):
             return Verdict.FEW
-        if self.is_more_better:
-            return verdict_of(self.comparison.difference, same=0.0, is_more_better=True)
-        return verdict_of(self.comparison.ratio)
+        same = 0.0 if self.is_difference else 1.0
+        return verdict_of(self.interval, same=same, is_more_better=self.is_more_better)
 
 
 def verdict_of(interval: Interval, *, same: float = 1.0, is_more_better: bool = False) -> Verdict:

@@ -93,3 +93,17 @@ def test_throughput_of_backlogs_needs_several_seeds() -> None:
     assert compare_throughput(ours, theirs, is_paired=True).verdict is Verdict.BETTER
     assert compare_throughput(ours[:2], theirs[:2], is_paired=True).verdict is Verdict.FEW
     assert compare_throughput(ours, theirs, is_paired=False).verdict is Verdict.WITHHELD
+
+
+def test_throughput_is_judged_by_the_ratio_that_is_shown() -> None:
+    ours, theirs = rates(2.0, 2.1, 4.0), rates(1.0, 1.05, 1.1)
+    found = compare_throughput(ours, theirs, is_paired=True)
+    assert found.interval == found.comparison.ratio
+    assert found.verdict is verdict_of(found.interval, is_more_better=True)
+
+
+def test_attainment_is_judged_by_the_difference_as_theirs_may_be_nothing() -> None:
+    theirs = [[record(due=float(n), ttft=0.5) for n in range(300)]]
+    found = compare_attainment([answered(0.1)], theirs, Objectives(ttft_ms=200))
+    assert found.interval == found.comparison.difference
+    assert found.verdict is Verdict.BETTER

@@ -75,6 +75,18 @@ def test_verdict_is_withheld_if_one_side_lost_requests() -> None:
     assert "16 of 160 requests of pd, 0 of 160 requests of replicas" in duel.sentence()
 
 
+def test_attainment_has_a_verdict_also_where_other_requests_failed(tmp_path: Path) -> None:
+    objectives = Objectives(ttft_ms=1000, tpot_ms=40)
+    cells = [
+        cell(PD, count=180, seeds=3, lose_every=90, objectives=objectives),
+        cell(REPLICAS, stall_s=0.3, count=180, seeds=3, objectives=objectives),
+    ]
+    text = write_report(tmp_path, cells, {}, [])
+    assert "pd against replicas is better: SLO attainment +" in text
+    assert "; all else: no verdict, as other requests failed (failed: 6 of 540" in text
+    assert "In all: " not in text
+
+
 def test_failures_of_the_same_requests_are_named_beside_the_verdict() -> None:
     (duel,) = duels(
         [cell(PD, ttft_s=0.1, lose_every=10), cell(REPLICAS, lose_every=10)],
