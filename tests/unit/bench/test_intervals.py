@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 
+from benchmarks.interval_coverage import Queue, of_means
 from vllm_pd.bench.arrivals import gamma_arrivals
 from vllm_pd.bench.intervals import intervals, paired, student
 from vllm_pd.bench.stats import Run, mean, percentile
@@ -44,16 +45,31 @@ SIZES = [(40, 1), (80, 1), (120, 1), (200, 1), (400, 1), (40, 2), (120, 2), (200
 def test_paired_ratio_of_two_queues_is_covered_as_often_as_is_documented(
     count: int, seeds: int
 ) -> None:
-    covered = misled = 0
+    covered = 0
     for number in range(NUM_SIMULATIONS):
         numbers = range(number * seeds, (number + 1) * seeds)
         ours, theirs = ([queue(one, count, service) for one in numbers] for service in (0.08, 0.1))
         (found,) = paired(ours, theirs, [mean])
-        is_covered = found.ratio.low <= TRUE_RATIO <= found.ratio.high
-        covered += is_covered
-        misled += found.is_enough and not is_covered
+        covered += found.ratio.low <= TRUE_RATIO <= found.ratio.high
     assert covered / NUM_SIMULATIONS >= 0.88
-    assert misled / NUM_SIMULATIONS <= 0.11
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("loads", [(0.28, 0.35), (0.56, 0.7), (0.7, 0.84)])
+@pytest.mark.parametrize(("count", "runs"), [(320, 1), (200, 2), (20, 3), (160, 3)])
+def test_few_verdicts_on_queues_of_equal_means_are_false(
+    loads: tuple[float, float], count: int, runs: int
+) -> None:
+    found = of_means(Queue(loads), count, runs, NUM_SIMULATIONS)
+    # 8 % are aimed at, and 3 more are chance in so many simulations.
+    assert found.missed <= 0.11
+
+
+@pytest.mark.parametrize(("count", "runs"), [(319, 1), (159, 2)])
+def test_verdict_takes_three_runs_or_four_full_blocks(count: int, runs: int) -> None:
+    noise = [run_of(np.random.default_rng(seed).uniform(1.0, 2.0, count)) for seed in range(runs)]
+    other = [run_of(np.ones(count))] * runs
+    assert not paired(noise, other, [mean])[0].is_enough
 
 
 @pytest.mark.slow
@@ -65,19 +81,6 @@ def test_mean_of_a_queue_is_covered_as_often_as_is_documented(count: int, seeds:
         (found,) = intervals(runs, [mean])
         covered += found.low <= mean_of_queue(0.1) <= found.high
     assert covered / NUM_SIMULATIONS >= 0.88
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("count", [400, 800])
-def test_paired_ratio_of_p99_is_covered_as_often_as_is_documented(count: int) -> None:
-    p99 = percentile(99)
-    whole = [np.concatenate(queue(1, 200_000, service_s)) for service_s in (0.08, 0.1)]
-    true = p99(whole[0]) / p99(whole[1])
-    covered = 0
-    for seed in range(NUM_SIMULATIONS):
-        (found,) = paired([queue(seed, count, 0.08)], [queue(seed, count, 0.1)], [p99])
-        covered += found.ratio.low <= true <= found.ratio.high
-    assert covered / NUM_SIMULATIONS >= 0.84
 
 
 @pytest.mark.slow
@@ -113,7 +116,7 @@ def test_pairing_removes_what_both_have_in_common() -> None:
 
 def test_systems_that_do_the_same_are_not_told_apart() -> None:
     runs = [run_of(np.random.default_rng(seed).exponential(1.0, 100)) for seed in range(3)]
-    (found,) = paired(runs, runs, [percentile(99)])
+    (found,) = paired(runs, runs, [percentile(50)])
     assert (found.ratio.low, found.ratio.value, found.ratio.high) == (1.0, 1.0, 1.0)
     assert (found.difference.low, found.difference.high) == (0.0, 0.0)
 
@@ -129,9 +132,9 @@ def test_requests_may_have_several_values_or_none() -> None:
     assert found.value == 3.0
 
 
-def test_short_run_that_remembers_is_not_enough() -> None:
-    ramp, other = run_of(np.linspace(1.0, 2.0, 60)), run_of(np.ones(60))
-    noise = run_of(np.random.default_rng(1).uniform(1.0, 2.0, 60))
+def test_run_that_is_short_against_its_memory_is_not_enough() -> None:
+    ramp, other = run_of(np.linspace(1.0, 2.0, 400)), run_of(np.ones(400))
+    noise = run_of(np.random.default_rng(1).uniform(1.0, 2.0, 400))
     assert not paired([ramp], [other], [mean])[0].is_enough
     assert paired([noise], [other], [mean])[0].is_enough
 
@@ -140,6 +143,15 @@ def test_short_run_that_remembers_is_not_enough() -> None:
 def test_runs_of_one_figure_each_are_enough_from_three_on(num_runs: int, is_enough: bool) -> None:
     rates = [run_of(np.asarray([one])) for one in (1.0, 1.1, 0.9)[:num_runs]]
     assert paired(rates, rates, [mean])[0].is_enough is is_enough
+
+
+def test_difference_is_longer_on_the_side_of_its_own_bursts() -> None:
+    rng = np.random.default_rng(1)
+    ours = 1 + np.repeat(rng.exponential(1.0, 30), 10)
+    theirs = 100 + 10 * np.repeat(rng.exponential(1.0, 30), 10)  # rare and dear, but less so
+    (found,) = paired([run_of(ours)], [run_of(theirs)], [mean])
+    difference = found.difference
+    assert difference.value - difference.low > 1.1 * (difference.high - difference.value)
 
 
 def test_ratio_to_nothing_has_no_bounds_but_the_difference_has() -> None:

@@ -10,7 +10,6 @@ from vllm_pd.bench.records import Record
 from vllm_pd.bench.slo import Objectives
 from vllm_pd.bench.stats import Interval, Run
 from vllm_pd.bench.verdict import (
-    STATISTICS,
     Verdict,
     compare,
     compare_attainment,
@@ -19,7 +18,7 @@ from vllm_pd.bench.verdict import (
 )
 
 
-def answered(ttft: float, *, gaps: tuple[float, ...] = (), count: int = 300) -> list[Record]:
+def answered(ttft: float, *, gaps: tuple[float, ...] = (), count: int = 330) -> list[Record]:
     return [record(due=float(n), ttft=ttft, gaps=gaps) for n in range(count)]
 
 
@@ -48,7 +47,7 @@ def test_verdict_of_a_difference_where_more_is_better() -> None:
 def test_every_statistic_of_every_metric_is_compared() -> None:
     ours, theirs = answered(0.1, gaps=(0.01, 0.02)), answered(0.2, gaps=(0.02, 0.04))
     findings = compare([ours], [theirs], ("ttft", "itl"))
-    assert len(findings) == 2 * len(STATISTICS)
+    assert len(findings) == 2 * 3
     assert {finding.verdict for finding in findings} == {Verdict.BETTER}
     assert findings[0].name == "TTFT mean"
     assert findings[0].comparison.ratio.value == pytest.approx(0.5)
@@ -56,7 +55,8 @@ def test_every_statistic_of_every_metric_is_compared() -> None:
 
 
 def test_p99_of_few_requests_has_no_verdict() -> None:
-    found = compare([answered(0.1, count=298)], [answered(0.2, count=298)], ("ttft",))
+    ours, theirs = ([answered(ttft, count=90)] * 3 for ttft in (0.1, 0.2))
+    found = compare(ours, theirs, ("ttft",))
     assert {one.name: one.verdict for one in found} == {
         "TTFT mean": Verdict.BETTER,
         "TTFT P50": Verdict.BETTER,
@@ -64,22 +64,29 @@ def test_p99_of_few_requests_has_no_verdict() -> None:
     }
 
 
+def test_p99_of_many_tokens_of_few_requests_has_no_verdict() -> None:
+    ours, theirs = ([answered(0.1, gaps=(gap,) * 50, count=90)] * 3 for gap in (0.01, 0.02))
+    verdicts = {one.name: one.verdict for one in compare(ours, theirs, ("itl",))}
+    assert verdicts["ITL mean"] is Verdict.BETTER
+    assert verdicts["ITL P99"] is Verdict.FEW
+
+
 def test_run_that_is_short_against_its_memory_has_no_verdict() -> None:
-    drift = [record(due=float(n), ttft=0.1 + 0.01 * n) for n in range(30)]
-    (mean, *_) = compare([drift], [answered(1.0, count=30)], ("ttft",))
+    drift = [record(due=float(n), ttft=0.1 + 0.01 * n) for n in range(330)]
+    (mean, *_) = compare([drift], [answered(1.0)], ("ttft",))
     assert mean.verdict is Verdict.FEW
 
 
 def test_part_that_met_the_objectives_is_better_where_it_is_larger() -> None:
     ours = [answered(0.1)]
-    theirs = [[record(due=float(n), ttft=0.1 if n % 3 else 0.5) for n in range(300)]]
+    theirs = [[record(due=float(n), ttft=0.1 if n % 3 else 0.5) for n in range(330)]]
     found = compare_attainment(ours, theirs, Objectives(ttft_ms=200))
     assert found.verdict is Verdict.BETTER
     assert found.comparison.difference.value == pytest.approx(1 / 3)
 
 
 def test_requests_that_failed_missed_their_objectives() -> None:
-    theirs = [[record(due=float(n), error="" if n % 3 else "lost") for n in range(300)]]
+    theirs = [[record(due=float(n), error="" if n % 3 else "lost") for n in range(330)]]
     found = compare_attainment([answered(0.1)], theirs, Objectives(ttft_ms=200))
     assert found.verdict is Verdict.BETTER
 
@@ -103,7 +110,7 @@ def test_throughput_is_judged_by_the_ratio_that_is_shown() -> None:
 
 
 def test_attainment_is_judged_by_the_difference_as_theirs_may_be_nothing() -> None:
-    theirs = [[record(due=float(n), ttft=0.5) for n in range(300)]]
+    theirs = [[record(due=float(n), ttft=0.5) for n in range(330)]]
     found = compare_attainment([answered(0.1)], theirs, Objectives(ttft_ms=200))
     assert found.interval == found.comparison.difference
     assert found.verdict is Verdict.BETTER

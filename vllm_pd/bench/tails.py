@@ -1,0 +1,104 @@
+"""Intervals of percentiles of what was measured of requests that waited for each other. Pure.
+
+One prefill stalls every stream at once, so thousands of tokens may stand for a handful of events,
+and a percentile may lie at a cliff: below it no token was stalled, above it all were. There the
+percentile itself tells nothing of its spread, and leaving out blocks of requests, as ``intervals``
+does for means, often misses it. So what gets an interval is the part of the values that lie
+beyond the percentile: by blocks of requests, with Student's quantile, and by its logarithm, as a
+small part has a long tail. Where that interval ends in the sample, the percentile's ends (Woodruff,
+1952). The interval of a ratio is made of those of both systems (Zou and Donner, 2008) as if they
+were independent, so what they have in common makes it longer than it had to be.
+
+How often it covers is told by ``benchmarks/interval_coverage.py``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from vllm_pd.bench.intervals import Comparison, block_ranges, has_blocks_enough, student
+from vllm_pd.bench.stats import Interval, Run, ratio
+
+
+def tail(runs: Sequence[Run], level: float) -> Interval:
+    """Return a percentile of all values with its interval.
+
+    Args:
+        runs: one for each seed of the workload.
+        level: 0 to 100, both excluded.
+    """
+    return _tail(runs, level).interval
+
+
+def paired_tail(ours: Sequence[Run], theirs: Sequence[Run], level: float) -> Comparison:
+    """Compare a percentile of two systems that were asked the same at the same times.
+
+    Raises:
+        ValueError: they were not asked the same number of requests.
+    """
+    counts = [len(run) for run in ours]
+    if counts != [len(run) for run in theirs]:
+        raise ValueError("both systems must have been asked the same requests")
+    first, second = _tail(ours, level), _tail(theirs, level)
+    return Comparison(
+        ratio=_ratio(first.interval, second.interval),
+        difference=_difference(first.interval, second.interval),
+        is_enough=has_blocks_enough(counts) and first.is_enough and second.is_enough,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Tail:
+    """A percentile.
+
+    Attributes:
+        interval: of it.
+        is_enough: whether there are requests beyond the upper end; if not, it may be too low.
+    """
+
+    interval: Interval
+    is_enough: bool
+
+
+def _tail(runs: Sequence[Run], level: float) -> _Tail:
+    requests = [values for run in runs for values in run]
+    every = np.concatenate([np.zeros(0), *requests])
+    ranges = block_ranges([len(run) for run in runs])
+    if not every.size or len(ranges) < 2:
+        value = float(np.percentile(every, level)) if every.size else math.nan
+        return _Tail(Interval(value, math.nan, math.nan), is_enough=False)
+    value = float(np.percentile(every, level))
+    beyond = 1 - level / 100
+    # What each request has beyond the percentile more than its part.
+    surplus = np.asarray([float((one > value).sum()) - beyond * one.size for one in requests])
+    blocks = np.asarray([surplus[one.start : one.stop].sum() for one in ranges])
+    error = math.sqrt(len(ranges)) * float(blocks.std(ddof=1)) / every.size
+    factor = math.exp(student(len(ranges) - 1) * error / beyond)
+    low, high = np.percentile(
+        every, (100 * (1 - min(beyond * factor, 1.0)), 100 * (1 - beyond / factor))
+    )
+    answered = sum(one.size > 0 for one in requests)
+    return _Tail(Interval(value, float(low), float(high)), answered * beyond / factor >= 1)
+
+
+def _difference(one: Interval, other: Interval) -> Interval:
+    below = math.hypot(one.value - one.low, other.high - other.value)
+    above = math.hypot(one.high - one.value, other.value - other.low)
+    value = one.value - other.value
+    return Interval(value, value - below, value + above)
+
+
+def _ratio(one: Interval, other: Interval) -> Interval:
+    value = ratio(one.value, other.value)
+    if not all(0 < bound < math.inf for bound in (one.low, one.high, other.low, other.high)):
+        return Interval(value, math.nan, math.nan)
+    found = _difference(_logarithm(one), _logarithm(other))
+    return Interval(value, math.exp(found.low), math.exp(found.high))
+
+
+def _logarithm(one: Interval) -> Interval:
+    return Interval(math.log(one.value), math.log(one.low), math.log(one.high))
