@@ -1,7 +1,7 @@
 """PD against colocated deployments: the same devices, requests and arrival times for each.
 
     python benchmarks/compare.py --quick
-    python benchmarks/compare.py --workload balanced --rate 0.7 --duration 60 --seeds 3
+    python benchmarks/compare.py --workload balanced --rate 0.7 --duration 120
     python benchmarks/compare.py --model Qwen/Qwen2.5-7B-Instruct --devices 0,1,2,3,4,5,6,7
 
 Starts one deployment after the other and asks each the same:
@@ -10,7 +10,7 @@ Starts one deployment after the other and asks each the same:
              to beat, and what the loads are shares of the capacity of
   pd         one prefill and one decode instance with half of the devices each
   colocated  one instance on all devices
-  chunked    as replicas, with prompts prefilled in chunks of 256 tokens
+  chunked    as replicas, with prompts prefilled in chunks of 256 tokens (only if asked for)
   nixl       as pd, with vLLM's NixlConnector instead of ours (only if asked for)
   control    replicas once more, by --control: shows what is found where there is nothing
 
@@ -19,8 +19,9 @@ every request. What is behind -- goes to every `vllm serve`.
 
 Without --model it is an untrained model of 41 million parameters, for which the objectives are
 ttft:3000 tpot:40 if --goodput gives no others: twice what a prompt of 2000 tokens and a decode step
-take on one core of the machine in docs/performance.md. --quick takes about a
-quarter of an hour on two cores. Ctrl-C stops everything and reports what there is.
+take on one core of the machine in docs/performance.md. On two cores all of it, 81 runs,
+is meant to take less than two hours, and --quick about a quarter of an hour; --quick has one run
+at each load, so mostly ratios without verdicts. Ctrl-C stops everything and reports what there is.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 REPO = Path(__file__).resolve().parents[1]
@@ -72,8 +73,7 @@ ORDER = (REPLICAS, PD, COLOCATED, CHUNKED, NIXL)
 OWN_OBJECTIVES = ("ttft:3000", "tpot:40")
 """For the untrained model."""
 
-USUAL = (REPLICAS, PD, COLOCATED, CHUNKED)
-QUICK = (REPLICAS, PD, COLOCATED)
+USUAL = (REPLICAS, PD, COLOCATED)
 WORKLOADS = ("prefill-heavy", "balanced", "decode-heavy")
 INTERRUPTED = 130
 
@@ -148,32 +148,39 @@ class Comparison:
                 self._tell(self.found.notes[-1])
 
     def _measure(self, subject: Subject, workload: str) -> None:
-        """Ask a deployment; the first one is asked for its capacity, too."""
-        capacity = self.found.capacity
-        is_reference = bool(self._options.loads) and workload not in capacity
-        if is_reference:
-            (cell,) = self._ask(subject, workload, [Level(None, math.inf)])
-            if not cell.request_rate:
-                raise BenchError(f"it answered no request of {workload}")
-            capacity[workload] = cell.request_rate
-        levels = [Level(None, value) for value in self._options.rates]
-        for load in self._options.loads:
-            if math.isfinite(load):
-                levels.append(Level(load, load * capacity[workload]))
-            elif not is_reference:
-                levels.append(Level(None, math.inf))
-        if levels:
-            self._ask(subject, workload, levels)
-
-    def _ask(self, subject: Subject, workload: str, levels: Sequence[Level]) -> list[Cell]:
-        options = self._options
-        cells, is_interrupted = measure_cells(
-            subject, workload, levels, options.effort, self._console, options.objectives
-        )
+        """Ask a deployment; the first one is asked for its capacity before."""
+        options, capacity = self._options, self.found.capacity
+        if any(map(math.isfinite, options.loads)) and workload not in capacity:
+            capacity[workload] = self._capacity(subject, workload)
+        levels = [Level(None, value) for value in options.rates]
+        levels += [
+            Level(load, load * capacity[workload]) if math.isfinite(load) else Level(None, load)
+            for load in options.loads
+        ]
+        cells, is_interrupted = self._ask(subject, workload, levels, options.effort)
         self.found.cells += cells
         if is_interrupted:
             raise KeyboardInterrupt
-        return cells
+
+    def _capacity(self, subject: Subject, workload: str) -> float:
+        """Return how much it answers at most, in requests per second.
+
+        By a run that is not reported and whose requests do not come again, so that every
+        deployment is asked the same loads in the same order.
+        """
+        effort = replace(self._options.effort, seeds=1, first_seed=0)
+        (cell,), is_interrupted = self._ask(subject, workload, [Level(None, math.inf)], effort)
+        if is_interrupted:
+            raise KeyboardInterrupt
+        if not cell.request_rate:
+            raise BenchError(f"it answered no request of {workload}")
+        return cell.request_rate
+
+    def _ask(
+        self, subject: Subject, workload: str, levels: Sequence[Level], effort: Effort
+    ) -> tuple[list[Cell], bool]:
+        objectives = self._options.objectives
+        return measure_cells(subject, workload, levels, effort, self._console, objectives)
 
     def _tell(self, text: str) -> None:
         self._console.print(f"[{time.monotonic() - self._began:5.0f} s] {text}")
@@ -232,7 +239,7 @@ def _report(found: Findings, site: Site, output: Path, command: str, console: Co
     environment = describe_environment("none") | site_options.describe_site(site)
     capacities = ", ".join(f"{name} {rate:.3g} req/s" for name, rate in found.capacity.items())
     if capacities:
-        environment["capacity"] = f"of {found.cells[0].deployment}, all at once: {capacities}"
+        environment["capacity"] = f"of {found.cells[0].deployment}, all at once, once: {capacities}"
     if (objectives := found.cells[0].objectives) is not None:
         environment["objectives"] = str(objectives)
     environment["command"] = command
@@ -245,16 +252,18 @@ def _report(found: Findings, site: Site, output: Path, command: str, console: Co
 def _options(args: argparse.Namespace) -> Options:
     quick: bool = args.quick
     usual_loads = [] if args.rate else [0.7] if quick else [0.25, 0.7, math.inf]
-    wanted = args.deployment or (QUICK if quick else USUAL)
+    deployments = site_options.chosen(ORDER, args.deployment or USUAL)
+    if args.control and REPLICAS not in deployments:
+        raise ConfigError("--control is replicas once more: add --deployment replicas")
     goodput = args.goodput or (OWN_OBJECTIVES if args.model is None else None)
     return Options(
-        deployments=(*site_options.chosen(ORDER, wanted), *([CONTROL] if args.control else [])),
+        deployments=(*deployments, *([CONTROL] if args.control else [])),
         workloads=tuple(args.workload or WORKLOADS),
         loads=tuple(args.load or usual_loads),
         rates=tuple(args.rate or ()),
         effort=Effort(
-            seeds=args.seeds or (1 if quick else 2),
-            duration_s=args.duration or (45 if quick else 180),
+            seeds=args.seeds or (1 if quick else 3),
+            duration_s=args.duration or (45 if quick else 60),
             at_once=args.at_once or (16 if quick else 64),
         ),
         objectives=parse_objectives(goodput) if goodput else None,
@@ -289,8 +298,8 @@ def _make_parser() -> Parser:
         help="share of the reference's capacity, or inf: all at once; repeatable [0.25 0.7 inf]",
     )
     add("--rate", type=rate, action="append", metavar="R", help="req/s instead; repeatable")
-    add("--seeds", type=positive, metavar="N", help="runs at each load [2, quick 1]")
-    add("--duration", type=site_options.seconds, metavar="S", help="of a run [180, quick 45]")
+    add("--seeds", type=positive, metavar="N", help="runs at each load [3, quick 1]")
+    add("--duration", type=site_options.seconds, metavar="S", help="of a run [60, quick 45]")
     add("--at-once", type=positive, metavar="N", help="requests that come at once [64, quick 16]")
     add("--output", type=Path, metavar="DIR", help="[benchmarks/results/DATE-MACHINE/compare]")
     return parser

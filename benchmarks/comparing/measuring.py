@@ -30,12 +30,14 @@ class Effort:
         duration_s: of the arrivals of a run.
         at_once: requests of a run in which all come at once.
         min_count: least requests of any other run.
+        first_seed: of the first run; the others follow.
     """
 
     seeds: int
     duration_s: float
     at_once: int
     min_count: int = 16
+    first_seed: int = 1
 
     def count(self, level: Level) -> int:
         """Return the requests of a run."""
@@ -75,7 +77,8 @@ def measure_cells(
         BenchError: the load generator failed.
         KeyboardInterrupt: it was interrupted before the first request.
     """
-    asked = [(level, seed) for level in levels for seed in range(1, effort.seeds + 1)]
+    seeds = range(effort.first_seed, effort.first_seed + effort.seeds)
+    asked = [(level, seed) for level in levels for seed in seeds]
     loads = []
     for level, seed in asked:
         made = requests_of(workload, level, effort, seed, subject.target.max_len)
