@@ -214,13 +214,13 @@ def _gaps(
 MEANS = [
     (Queue(loads), *size)
     for loads in ((0.28, 0.35), (0.56, 0.7), (0.7, 0.84))
-    for size in ((40, 1), (320, 1), (200, 2), (20, 3), (60, 3), (160, 3))
+    for size in ((40, 1), (640, 1), (320, 2), (20, 3), (60, 3), (160, 3))
 ]
-FIRST_TOKENS = [(Queue((0.56, 0.7)), *size) for size in ((320, 1), (800, 1), (200, 3))]
+FIRST_TOKENS = [(Queue((0.56, 0.7)), *size) for size in ((800, 1), (200, 3))]
 STALLS = [
     (Stalls(rate, prefill_ms), *size)
     for rate, prefill_ms in ((1.0, (300.0,)), (0.5, (300.0,)), (1.0, (50.0, 100.0, 200.0, 400.0)))
-    for size in ((320, 1), (100, 3), (200, 3))
+    for size in ((640, 1), (100, 3), (200, 3))
 ]
 
 

@@ -16,6 +16,8 @@ from vllm_pd.bench.stats import Interval, mean
 from vllm_pd.bench.steady import Regime, answer_rates, judge
 from vllm_pd.bench.tails import tail
 from vllm_pd.bench.verdict import (
+    ATTAINMENT,
+    THROUGHPUT,
     Finding,
     Verdict,
     compare,
@@ -23,6 +25,9 @@ from vllm_pd.bench.verdict import (
     compare_throughput,
     is_answered_alike,
 )
+
+UNITS = {THROUGHPUT: "req/s", ATTAINMENT: "share"}
+"""Of differences; those of latencies are in milliseconds."""
 
 METRICS = ("ttft", "second", "tpot", "itl", "stall", "e2el")
 
@@ -209,10 +214,10 @@ def cell_rows(cells: Iterable[Cell]) -> list[Row]:
         for metric in METRICS:
             runs = [metric_values(records, metric) for records in cell.records]
             (found,) = intervals(runs, (mean,))
-            for name, interval in (("mean", found), ("p99", tail(runs, 99))):
-                bounds = (interval.low, interval.high)
-                figure = f"compared_{metric}_{name}"
-                rows.append(Row(labels, figure, interval.value, "ms", *bounds))
+            for name, estimate in (("mean", found), ("p99", tail(runs, 99))):
+                labelled = {**labels, "is_enough": _yes_or_no(is_yes=estimate.is_enough)}
+                figure, of = f"compared_{metric}_{name}", estimate.interval
+                rows.append(Row(labelled, figure, of.value, "ms", of.low, of.high))
         if (share := cell.attainment) is not None:
             figure, bounds = "compared_slo_attainment", (share.low, share.high)
             rows.append(Row(labels, figure, share.value, "share", *bounds))
@@ -220,7 +225,7 @@ def cell_rows(cells: Iterable[Cell]) -> list[Row]:
 
 
 def duel_rows(fought: Iterable[Duel]) -> list[Row]:
-    """Return the ratios; of the SLO attainment the difference, as a ratio may be to nothing."""
+    """Return ratios and differences; of SLO attainments no ratio, as it may be one to nothing."""
     rows: list[Row] = []
     for duel in fought:
         labels = {
@@ -229,13 +234,23 @@ def duel_rows(fought: Iterable[Duel]) -> list[Row]:
             "against": duel.theirs.deployment,
             "regime of that": duel.theirs.regime.value,
         }
-        for finding in duel.findings:
-            labelled = {**labels, "verdict": finding.verdict.value}
-            figure = f"{'difference' if finding.is_difference else 'ratio'} of {finding.name}"
-            unit = "share" if finding.is_difference else "x"
-            found = finding.interval
-            rows.append(Row(labelled, figure, found.value, unit, found.low, found.high))
+        for one in duel.findings:
+            labelled = {
+                **labels,
+                "verdict": one.verdict.value,
+                "is_enough": _yes_or_no(is_yes=one.is_enough and one.comparison.is_enough),
+            }
+            of = one.comparison.difference
+            figure, unit = f"difference of {one.name}", UNITS.get(one.name, "ms")
+            rows.append(Row(labelled, figure, of.value, unit, of.low, of.high))
+            if not one.is_difference:
+                of = one.comparison.ratio
+                rows.append(Row(labelled, f"ratio of {one.name}", of.value, "x", of.low, of.high))
     return rows
+
+
+def _yes_or_no(*, is_yes: bool) -> str:
+    return "yes" if is_yes else "no"
 
 
 def _is_paired(one: Cell, other: Cell) -> bool:
@@ -247,9 +262,24 @@ def shown(finding: Finding) -> str:
     """Return a ratio, or the difference of an SLO attainment in points, with its interval."""
     found = finding.interval
     if finding.is_difference:
-        value, low, high = (f"{100 * one:+.1f}" for one in (found.value, found.low, found.high))
-        return f"{value} points ({low} to {high})"
+        return f"{_signed(100 * found.value)} points ({_range(found, 100)})"
     return f"{number(found.value)} x ({number(found.low)} to {number(found.high)})"
+
+
+def shown_difference(finding: Finding) -> str:
+    """Return the difference behind a ratio with its interval; nothing where that is shown."""
+    if finding.is_difference:
+        return ""
+    found, unit = finding.comparison.difference, UNITS.get(finding.name, "ms")
+    return f"{_signed(found.value)} {unit} ({_range(found)})"
+
+
+def _range(interval: Interval, scale: float = 1) -> str:
+    return f"{_signed(scale * interval.low)} to {_signed(scale * interval.high)}"
+
+
+def _signed(value: float) -> str:
+    return f"{'+' if value > 0 else ''}{number(value)}"
 
 
 def _brief(finding: Finding) -> str:

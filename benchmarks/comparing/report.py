@@ -9,7 +9,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from benchmarks.comparing.cells import Cell, Duel, cell_rows, duel_rows, duels, shown
+from benchmarks.comparing.cells import (
+    Cell,
+    Duel,
+    cell_rows,
+    duel_rows,
+    duels,
+    shown,
+    shown_difference,
+)
 from benchmarks.comparing.deployments import CONTROL, PD, REPLICAS, TITLES
 from benchmarks.comparing.plots import draw_all
 from benchmarks.reporting import Report, markdown_table, number, write
@@ -28,26 +36,31 @@ _AT_A_GLANCE = (
     *(THROUGHPUT, ATTAINMENT),
 )
 _HOW_TO_READ = (
-    "**How to read this.** Latencies are milliseconds from the moment a request was to be sent, of "
-    "the requests of all seeds that were due after the first tenth of a run. Every deployment had "
-    "the same devices and got the same requests at the same times, so ratios are paired. Intervals "
-    "are 95 %, over blocks of neighbouring requests, as those wait for each other; a difference "
-    "counts if its interval excludes 1 (of SLO attainment: 0). Where runs are short against the "
-    f"memory of their queue, and for P99 of fewer than {FEW_FOR_P99} values, there is a ratio but "
-    "no verdict. Throughput is compared over the time in which requests came: below capacity every "
-    "deployment answers what it is asked. `req/s` also counts the drain, so it falls with the "
-    "length of the last answers and is no capacity. Where all come at once the two are the same, "
-    "and the verdict is over seeds alone. **What this does not mean.** Deployments ran one after "
-    "the other, each once, so what changed on the machine between them (clock, heat, other "
-    "programs) is in the ratios and in no interval; `control`, where it was run, is the baseline "
-    "once more, and what is found there has no cause. Of many intervals some exclude 1 by chance. "
-    "Latencies of a run that is not steady depend on how long it was. Ratios hold for this model, "
-    "these lengths, arrivals and devices: on a CPU, scheduling and queueing are real, while the "
-    "times of prefills and decode steps are not those of an accelerator."
+    "**How to read this.** Latencies are milliseconds from the moment a request was to be sent, "
+    "of the requests of all seeds that were due after the first tenth of a run. Every deployment "
+    "had the same devices and got the same requests at the same times, so ratios are paired. "
+    "Intervals are meant to cover the truth in 95 % of the cases, over blocks of neighbouring "
+    "requests, as those wait for each other; in simulated services, where there is a verdict, "
+    "those of means did so in 92 to 99 %, those of P99 in 90 to 97 % "
+    "(`benchmarks/interval_coverage.py`). A ratio counts if its interval excludes 1, and a "
+    "difference of SLO attainments if it excludes 0. Where there are fewer than three runs and "
+    "these are short, or short against the memory of their queue, and for P99 of fewer than "
+    f"{FEW_FOR_P99} requests or where hardly one lies beyond, there is a ratio but no verdict. "
+    "Throughput is compared over the time in which requests came: below capacity every deployment "
+    "answers what it is asked. `req/s` also counts the drain, so it falls with the length of the "
+    "last answers and is no capacity. Where all come at once the two are the same, and the "
+    "verdict is over seeds alone. **What this does not mean.** Deployments ran one after the "
+    "other, each once, so what changed on the machine between them (clock, heat, other programs) "
+    "is in the ratios and in no interval; `control`, where it was run, is the baseline once more, "
+    "and what is found there has no cause. Of many intervals some exclude 1 by chance. Latencies "
+    "of a run that is not steady depend on how long it was. Ratios hold for this model, these "
+    "lengths, arrivals and devices: on a CPU, scheduling and queueing are real, while the times "
+    "of prefills and decode steps are not those of an accelerator."
 )
 _ABOUT_RATIOS = (
-    "The first deployment's figure as a multiple of the second's (of SLO attainment the difference "
-    "in points), with its 95 % interval; bold where it counts as better or worse."
+    "The first deployment's figure as a multiple of the second's (bold where it counts as better "
+    "or worse) and the difference of both, each with its interval; of SLO attainment the "
+    "difference in points. Of runs that are not steady the ratios may depend on the duration."
 )
 
 
@@ -114,19 +127,21 @@ def _markdown(
 
 
 def _ratios(fought: Sequence[Duel]) -> str:
-    header = ("workload", "load", "deployments", *_AT_A_GLANCE)
+    header = ("workload", "load", "deployments", "regimes", *_AT_A_GLANCE)
     rows = []
     for duel in fought:
         found = {finding.name: finding for finding in duel.findings}
         cells = [_marked(found[name]) if name in found else "" for name in _AT_A_GLANCE]
         names = f"{duel.ours.deployment} / {duel.theirs.deployment}"
-        rows.append((duel.ours.workload, duel.ours.level.name, names, *cells))
+        regimes = f"{duel.ours.regime.value} / {duel.theirs.regime.value}"
+        rows.append((duel.ours.workload, duel.ours.level.name, names, regimes, *cells))
     return markdown_table(header, rows)
 
 
 def _marked(finding: Finding) -> str:
     is_told_apart = finding.verdict in (Verdict.BETTER, Verdict.WORSE)
-    return f"**{shown(finding)}**" if is_told_apart else shown(finding)
+    text = f"**{shown(finding)}**" if is_told_apart else shown(finding)
+    return ", ".join(filter(None, [text, shown_difference(finding)]))
 
 
 def _about(group: Sequence[Cell]) -> str:

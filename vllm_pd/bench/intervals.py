@@ -11,10 +11,10 @@ burst knows neither how dear one is nor how rare. Three things make up for that:
   (Johnson, 1978). How much longer was found by simulation.
 
 Who looks only at runs that seem to remember little finds those that saw no burst. So a verdict
-takes three runs, each of them a block, or four blocks of full length; see ``Comparison``.
+takes three runs, each of them a block, or eight blocks of full length; see ``Comparison``.
 
-How often all this covers is told by ``benchmarks/coverage.py``, and docs/performance.md shows it.
-Percentiles far out have intervals of another kind; see ``tails``.
+How often all this covers is told by ``benchmarks/interval_coverage.py``, and shown in
+docs/performance.md. Percentiles far out have intervals of another kind; see ``tails``.
 """
 
 from __future__ import annotations
@@ -37,8 +37,11 @@ _MIN_BLOCKS = 4
 """Blocks of fewer runs."""
 
 _BLOCK_LEN = 80
-"""Requests of a block, unless there are too few. By simulation: with four of these, 3 to 8 % of
-the verdicts on queues of equal means are false; with shorter ones up to 31 %."""
+"""Requests of a block, unless there are too few."""
+
+_FULL_BLOCKS = 8
+"""What fewer runs must have for a verdict. By simulation, at loads up to 84 %: then up to 8 % of
+the verdicts on equal means are false, with four full blocks up to 15 %, with fewer up to 31 %."""
 
 _DIGITS = 9
 """Of contributions; what differs by less is equal, and remembers nothing."""
@@ -48,6 +51,19 @@ _BURSTS = 3.0
 
 _MIN_INDEPENDENT = 8
 """Independent requests that those of all runs must be worth, unless each run is one block."""
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """A figure of one system.
+
+    Attributes:
+        interval: the figure with its interval.
+        is_enough: as of a ``Comparison``.
+    """
+
+    interval: Interval
+    is_enough: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +82,7 @@ class Comparison:
     is_enough: bool
 
 
-def intervals(runs: Sequence[Run], statistics: Sequence[Statistic]) -> list[Interval]:
+def intervals(runs: Sequence[Run], statistics: Sequence[Statistic]) -> list[Estimate]:
     """Return statistics of all values with their intervals; NaN bounds for a single request.
 
     Args:
@@ -75,8 +91,11 @@ def intervals(runs: Sequence[Run], statistics: Sequence[Statistic]) -> list[Inte
     """
     pool, blocks = _Pool(runs), _Blocks(_levels(runs), [len(run) for run in runs])
     return [
-        blocks.of_positive(
-            statistic(pool.all()), [statistic(pool.without(one)) for one in blocks.ranges]
+        Estimate(
+            blocks.of_positive(
+                statistic(pool.all()), [statistic(pool.without(one)) for one in blocks.ranges]
+            ),
+            blocks.are_enough,
         )
         for statistic in statistics
     ]
@@ -133,7 +152,7 @@ def block_ranges(counts: Sequence[int]) -> list[range]:
 
 def has_blocks_enough(counts: Sequence[int]) -> bool:
     """Return whether runs of so many requests can have seen what a burst costs."""
-    return len(counts) >= _MIN_RUNS or sum(counts) >= _MIN_BLOCKS * _BLOCK_LEN
+    return len(counts) >= _MIN_RUNS or sum(counts) >= _FULL_BLOCKS * _BLOCK_LEN
 
 
 def student(num_free: float) -> float:

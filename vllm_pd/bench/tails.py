@@ -16,61 +16,35 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
-from vllm_pd.bench.intervals import Comparison, block_ranges, has_blocks_enough, student
+from vllm_pd.bench.intervals import (
+    Comparison,
+    Estimate,
+    block_ranges,
+    has_blocks_enough,
+    student,
+)
 from vllm_pd.bench.stats import Interval, Run, ratio
 
 
-def tail(runs: Sequence[Run], level: float) -> Interval:
+def tail(runs: Sequence[Run], level: float) -> Estimate:
     """Return a percentile of all values with its interval.
+
+    It is enough if there are requests beyond the upper end, which may be too low otherwise.
 
     Args:
         runs: one for each seed of the workload.
         level: 0 to 100, both excluded.
     """
-    return _tail(runs, level).interval
-
-
-def paired_tail(ours: Sequence[Run], theirs: Sequence[Run], level: float) -> Comparison:
-    """Compare a percentile of two systems that were asked the same at the same times.
-
-    Raises:
-        ValueError: they were not asked the same number of requests.
-    """
-    counts = [len(run) for run in ours]
-    if counts != [len(run) for run in theirs]:
-        raise ValueError("both systems must have been asked the same requests")
-    first, second = _tail(ours, level), _tail(theirs, level)
-    return Comparison(
-        ratio=_ratio(first.interval, second.interval),
-        difference=_difference(first.interval, second.interval),
-        is_enough=has_blocks_enough(counts) and first.is_enough and second.is_enough,
-    )
-
-
-@dataclass(frozen=True, slots=True)
-class _Tail:
-    """A percentile.
-
-    Attributes:
-        interval: of it.
-        is_enough: whether there are requests beyond the upper end; if not, it may be too low.
-    """
-
-    interval: Interval
-    is_enough: bool
-
-
-def _tail(runs: Sequence[Run], level: float) -> _Tail:
     requests = [values for run in runs for values in run]
     every = np.concatenate([np.zeros(0), *requests])
-    ranges = block_ranges([len(run) for run in runs])
+    counts = [len(run) for run in runs]
+    ranges = block_ranges(counts)
     if not every.size or len(ranges) < 2:
         value = float(np.percentile(every, level)) if every.size else math.nan
-        return _Tail(Interval(value, math.nan, math.nan), is_enough=False)
+        return Estimate(Interval(value, math.nan, math.nan), is_enough=False)
     value = float(np.percentile(every, level))
     beyond = 1 - level / 100
     # What each request has beyond the percentile more than its part.
@@ -82,7 +56,24 @@ def _tail(runs: Sequence[Run], level: float) -> _Tail:
         every, (100 * (1 - min(beyond * factor, 1.0)), 100 * (1 - beyond / factor))
     )
     answered = sum(one.size > 0 for one in requests)
-    return _Tail(Interval(value, float(low), float(high)), answered * beyond / factor >= 1)
+    is_enough = has_blocks_enough(counts) and answered * beyond / factor >= 1
+    return Estimate(Interval(value, float(low), float(high)), is_enough)
+
+
+def paired_tail(ours: Sequence[Run], theirs: Sequence[Run], level: float) -> Comparison:
+    """Compare a percentile of two systems that were asked the same at the same times.
+
+    Raises:
+        ValueError: they were not asked the same number of requests.
+    """
+    if [len(run) for run in ours] != [len(run) for run in theirs]:
+        raise ValueError("both systems must have been asked the same requests")
+    first, second = tail(ours, level), tail(theirs, level)
+    return Comparison(
+        ratio=_ratio(first.interval, second.interval),
+        difference=_difference(first.interval, second.interval),
+        is_enough=first.is_enough and second.is_enough,
+    )
 
 
 def _difference(one: Interval, other: Interval) -> Interval:

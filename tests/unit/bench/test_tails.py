@@ -22,12 +22,12 @@ def streams(count: int, *, stalled: int, stall_ms: float = 300.0) -> Run:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("rate", [0.5, 1.0])
-@pytest.mark.parametrize(("count", "runs"), [(320, 1), (100, 3)])
+@pytest.mark.parametrize(("count", "runs"), [(640, 1), (100, 3)])
 def test_p99_of_gaps_with_shared_stalls_is_covered_as_often_as_is_documented(
     rate: float, count: int, runs: int
 ) -> None:
     found = of_stalls(Stalls(rate, (300.0,)), count, runs, NUM_SIMULATIONS)
-    assert found.enough == 1
+    assert found.enough >= 0.9
     assert found.missed <= 0.17
 
 
@@ -39,14 +39,14 @@ def test_p99_of_two_queues_is_covered_where_there_is_a_verdict() -> None:
 
 def test_percentile_at_a_cliff_has_an_interval_that_spans_it() -> None:
     runs = [streams(100, stalled=number) for number in (20, 50, 80)]  # 1 % of all gaps
-    found = tail(runs, 99)
+    found = tail(runs, 99).interval
     assert found.low < 22
     assert found.high == 300.0
 
 
 def test_percentile_far_from_a_cliff_has_a_short_interval() -> None:
     runs = [streams(100, stalled=number, stall_ms=300 + number) for number in (98, 99, 100)]
-    found = tail(runs, 90)
+    found = tail(runs, 90).interval
     assert 20 < found.low <= found.value <= found.high < 21
 
 
@@ -72,6 +72,6 @@ def test_systems_with_different_requests_cannot_be_paired() -> None:
 
 
 def test_nothing_measured_has_no_bounds() -> None:
-    found = tail([[np.zeros(0)] * 9], 99)
+    found = tail([[np.zeros(0)] * 9], 99).interval
     assert math.isnan(found.value)
     assert math.isnan(found.low)

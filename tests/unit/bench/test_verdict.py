@@ -18,7 +18,7 @@ from vllm_pd.bench.verdict import (
 )
 
 
-def answered(ttft: float, *, gaps: tuple[float, ...] = (), count: int = 330) -> list[Record]:
+def answered(ttft: float, *, gaps: tuple[float, ...] = (), count: int = 660) -> list[Record]:
     return [record(due=float(n), ttft=ttft, gaps=gaps) for n in range(count)]
 
 
@@ -72,21 +72,21 @@ def test_p99_of_many_tokens_of_few_requests_has_no_verdict() -> None:
 
 
 def test_run_that_is_short_against_its_memory_has_no_verdict() -> None:
-    drift = [record(due=float(n), ttft=0.1 + 0.01 * n) for n in range(330)]
+    drift = [record(due=float(n), ttft=0.1 + 0.01 * n) for n in range(660)]
     (mean, *_) = compare([drift], [answered(1.0)], ("ttft",))
     assert mean.verdict is Verdict.FEW
 
 
 def test_part_that_met_the_objectives_is_better_where_it_is_larger() -> None:
     ours = [answered(0.1)]
-    theirs = [[record(due=float(n), ttft=0.1 if n % 3 else 0.5) for n in range(330)]]
+    theirs = [[record(due=float(n), ttft=0.1 if n % 3 else 0.5) for n in range(660)]]
     found = compare_attainment(ours, theirs, Objectives(ttft_ms=200))
     assert found.verdict is Verdict.BETTER
     assert found.comparison.difference.value == pytest.approx(1 / 3)
 
 
 def test_requests_that_failed_missed_their_objectives() -> None:
-    theirs = [[record(due=float(n), error="" if n % 3 else "lost") for n in range(330)]]
+    theirs = [[record(due=float(n), error="" if n % 3 else "lost") for n in range(660)]]
     found = compare_attainment([answered(0.1)], theirs, Objectives(ttft_ms=200))
     assert found.verdict is Verdict.BETTER
 
@@ -110,7 +110,7 @@ def test_throughput_is_judged_by_the_ratio_that_is_shown() -> None:
 
 
 def test_attainment_is_judged_by_the_difference_as_theirs_may_be_nothing() -> None:
-    theirs = [[record(due=float(n), ttft=0.5) for n in range(330)]]
+    theirs = [[record(due=float(n), ttft=0.5) for n in range(660)]]
     found = compare_attainment([answered(0.1)], theirs, Objectives(ttft_ms=200))
     assert found.interval == found.comparison.difference
     assert found.verdict is Verdict.BETTER

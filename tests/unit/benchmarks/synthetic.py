@@ -24,7 +24,7 @@ def cell(
     stall_s: float = 0.0,
     ttft_s: float = 0.2,
     level: Level = LEVEL,
-    seeds: int = 2,
+    seeds: int = 3,
     count: int = 80,
     lose_every: int = 0,
     overload_s: float = 0.0,

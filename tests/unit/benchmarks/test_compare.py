@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+import re
 import signal
 import subprocess
 import sys
 import threading
 import urllib.request
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -28,9 +31,10 @@ from benchmarks.comparing.deployments import (
     routed,
     topology,
 )
-from benchmarks.comparing.measuring import Effort, requests_of
+from benchmarks.comparing.measuring import Effort, Subject, requests_of
 from benchmarks.comparing.plots import draw_all
 from benchmarks.comparing.report import write_report
+from benchmarks.serving.target import Target
 from benchmarks.transfer.pair import REPO, BenchError
 from tests.unit.benchmarks.openai_server import Behaviour, serving
 from tests.unit.benchmarks.processes import children_of
@@ -72,14 +76,14 @@ def test_verdict_is_withheld_if_one_side_lost_requests() -> None:
     (duel,) = duels([cell(PD, ttft_s=0.1, lose_every=10), cell(REPLICAS)], PD)
     assert {finding.verdict for finding in duel.findings} == {Verdict.WITHHELD}
     assert duel.sentence().startswith("pd against replicas: no verdict, as other requests failed")
-    assert "16 of 160 requests of pd, 0 of 160 requests of replicas" in duel.sentence()
+    assert "24 of 240 requests of pd, 0 of 240 requests of replicas" in duel.sentence()
 
 
 def test_attainment_has_a_verdict_also_where_other_requests_failed(tmp_path: Path) -> None:
     objectives = Objectives(ttft_ms=1000, tpot_ms=40)
     cells = [
-        cell(PD, count=180, seeds=3, lose_every=90, objectives=objectives),
-        cell(REPLICAS, stall_s=0.3, count=180, seeds=3, objectives=objectives),
+        cell(PD, count=180, lose_every=90, objectives=objectives),
+        cell(REPLICAS, stall_s=0.3, count=180, objectives=objectives),
     ]
     text = write_report(tmp_path, cells, {}, [])
     assert "pd against replicas is better: SLO attainment +" in text
@@ -93,7 +97,7 @@ def test_failures_of_the_same_requests_are_named_beside_the_verdict() -> None:
         PD,
     )
     assert "TTFT mean" in {finding.name for finding in duel.named(Verdict.BETTER)}
-    assert "(failed: 16 of 160 requests of pd, 16 of 160" in duel.sentence()
+    assert "(failed: 24 of 240 requests of pd, 24 of 240" in duel.sentence()
 
 
 @pytest.mark.parametrize(
@@ -140,7 +144,8 @@ def test_report_has_tables_verdicts_and_pictures(cells: list[Cell], tmp_path: Pa
     assert "## balanced, 70% of capacity" in text
     assert "pd against replicas is better" in text
     assert "**a note**" in text
-    assert "| balanced | 70% of capacity | pd / replicas | **1.50 x (" in text
+    assert "| balanced | 70% of capacity | pd / replicas | steady / steady | **1.50 x (" in text
+    assert re.search(r"\*\*, \+1\d\d\.\d ms \(\+", text)
     for name in ("cdf", "itl-over-time"):
         picture = tmp_path / "plots" / f"balanced-70percent-{name}"
         assert f"plots/{picture.name}.png" in text
@@ -153,9 +158,13 @@ def test_report_has_every_figure_and_every_request_as_json(
 ) -> None:
     write_report(tmp_path, cells, {"cpu": "some"}, [])
     rows = json.loads((tmp_path / "report.json").read_text())["rows"]
-    ratios = [row for row in rows if row["figure"] == "ratio of ITL P99"]
-    assert [row["labels"]["verdict"] for row in ratios] == ["better"]
-    assert ratios[0]["low"] < ratios[0]["value"] < ratios[0]["high"] < 1
+    found = {row["figure"]: row for row in rows}
+    one, difference = found["ratio of ITL P99"], found["difference of ITL P99"]
+    assert (one["labels"]["verdict"], one["labels"]["is_enough"]) == ("better", "yes")
+    assert one["low"] < one["value"] < one["high"] < 1
+    assert difference["unit"] == "ms"
+    assert difference["low"] < difference["value"] < difference["high"] < 0
+    assert found["compared_ttft_mean"]["labels"]["is_enough"] == "yes"
     raw = json.loads((tmp_path / "raw" / "balanced-70percent-pd-1.json").read_text())
     assert len(raw) == 180
     assert len(raw[0]["gaps_s"]) == 20
@@ -171,7 +180,9 @@ def test_what_is_not_distinguishable_is_not_called_equal(tmp_path: Path) -> None
 def test_report_says_what_no_interval_shows(cells: list[Cell], tmp_path: Path) -> None:
     text = write_report(tmp_path, cells, {}, [])
     assert "what changed on the machine between them" in text
-    assert "P99 of fewer than 299 values, there is a ratio but no verdict" in text
+    assert (
+        "P99 of fewer than 299 requests or where hardly one lies beyond, there is a ratio" in text
+    )
     assert "What this does not mean" in text
 
 
@@ -246,6 +257,7 @@ def test_devices_are_given_by_the_variable_of_their_kind() -> None:
         (["--seeds", "0"], "not a positive number"),
         (["--workload", "chat"], "invalid choice: 'chat'"),
         (["--goodput", "itl:5"], "objective 'itl:5'"),
+        (["--control", "--deployment", "pd"], "add --deployment replicas"),
     ],
 )
 def test_bad_option_is_one_line(
@@ -269,6 +281,33 @@ def deployed(name, site):
 compare.deployed = deployed  # everything but the engines
 sys.exit(compare.main(sys.argv[1:]))
 """
+
+
+def test_every_deployment_is_asked_the_same_loads_in_the_same_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: dict[str, list[tuple[Level, int]]] = {}
+
+    def measure_cells(
+        subject: Subject, _workload: str, levels: list[Level], effort: Effort, *_: object
+    ) -> tuple[list[Cell], bool]:
+        asked.setdefault(subject.name, []).extend((one, effort.first_seed) for one in levels)
+        return [cell(subject.name, level=one) for one in levels], False
+
+    @contextlib.contextmanager
+    def deployed(name: str, _site: Site) -> Iterator[str]:
+        yield name
+
+    target = Target("http://x", "m", "m", None)
+    monkeypatch.setattr(compare, "measure_cells", measure_cells)
+    monkeypatch.setattr(compare, "deployed", deployed)
+    monkeypatch.setattr(compare, "find_target", lambda *_: target)
+    argv = ["--workload", "balanced", "--model", "m", "--device", "cpu", "--devices", "0,1"]
+    assert compare.main([*argv, "--output", str(tmp_path)]) == 0
+    reference, *others = (asked[name] for name in (REPLICAS, PD, "colocated"))
+    assert reference[0] == (Level(None, math.inf), 0)  # is thrown away
+    assert others == [reference[1:]] * 2
+    assert [level.share for level, _ in reference[1:]] == [0.25, 0.7, None]
 
 
 @pytest.mark.vllm
@@ -304,7 +343,7 @@ def test_no_prompt_of_a_comparison_comes_twice() -> None:
         request.chunk_ids[0]
         for workload in compare.WORKLOADS
         for level in levels
-        for seed in (1, 2)
+        for seed in (0, 1, 2)  # 0: the run that tells the capacity
         for asked in [requests_of(workload, level, effort, seed, 4096)]
         for one in (asked, with_other_prompts(asked))  # the warm-up
         for request in one.requests
