@@ -8,7 +8,10 @@ after the other, and reports the ratio of PD's goodput to that of each other one
 search doubles or halves the rate until it knows one that passes and one that fails, then
 bisects. A rate passes if the runs show that the service kept pace and the lower bound of
 the 95 % interval of the part of requests that met both objectives, over all seeds, reaches
-90 %. All deployments get the same requests, and every rate gets others. What is behind --
+90 %; it fails if the service did not keep pace or the upper bound is below 90 %. Anything
+between, and runs too short to tell, bound nothing. The search goes down four times at most,
+and not below a rate that fails although most requests find the service idle. All
+deployments get the same requests, and every rate gets others. What is behind --
 goes to every `vllm serve`.
 """
 
@@ -67,7 +70,7 @@ from vllm_pd.bench.slo import (  # noqa: E402
     num_independent,
     parse_objectives,
 )
-from vllm_pd.bench.steady import Regime  # noqa: E402
+from vllm_pd.bench.steady import Regime, is_idle  # noqa: E402
 from vllm_pd.bench.workload import SHAPES  # noqa: E402
 from vllm_pd.errors import ConfigError  # noqa: E402
 
@@ -199,7 +202,10 @@ def _unknown(name: str, search: Search) -> str:
     if search.has_passed:
         least = f"its goodput is at least {number(search.best)} req/s"
         return f"{name} failed at no rate that was tried: {least}"
-    return f"{name} met the objectives at no rate that was tried"
+    text = f"{name} is not known to meet the objectives at any rate that was tried"
+    if search.has_failed:
+        return f"{text}: its goodput is less than {number(search.limit)} req/s"
+    return f"{text}, nor to miss them: its goodput is unknown"
 
 
 def _sentence(name: str, low: float, high: float) -> str:
@@ -215,6 +221,7 @@ def _plain(trial: Trial) -> dict[str, object]:
     return {
         "rate": trial.rate,
         "is_stable": trial.is_stable,
+        "is_idle": trial.is_idle,
         "attainment": asdict(trial.interval),
         "independent requests": trial.num_independent,
     }
@@ -259,13 +266,14 @@ def _search(subject: Subject, plan: Plan, found: Found, console: Console) -> Non
             next_rate,
             attainment(runs, plan.objectives).value,
             num_independent(runs, plan.objectives),
-            is_stable=cell.regime is Regime.STEADY,
+            is_stable=None if cell.regime is Regime.SHORT else cell.regime is Regime.STEADY,
+            is_idle=all(is_idle(records) for records in runs),
         )
         search.tell(trial)
         if cell.regime is Regime.SHORT:
             found.notes.append(
                 f"{subject.name}, {next_rate:.3g} req/s: the runs were too short to tell whether "
-                "it kept pace, so the rate counts as failed; use a longer --duration"
+                "it kept pace, so the rate bounds nothing; use a longer --duration"
             )
         elif not trial.is_enough(plan.target):
             found.notes.append(
@@ -275,7 +283,7 @@ def _search(subject: Subject, plan: Plan, found: Found, console: Console) -> Non
             )
         found.searches[subject.name] = search
         share = trial.interval
-        verdict = "passes" if trial.passes(plan.target) else "fails"
+        verdict = trial.outcome(plan.target).value
         stability = "" if trial.is_stable else f", {cell.regime.value}"
         console.print(
             f"{subject.name}: {next_rate:.3g} req/s {verdict}: {share.value:.1%} "

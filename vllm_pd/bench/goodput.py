@@ -6,6 +6,7 @@ attainment goal (say, 90%)" (OSDI 2024), with both objectives met by the same re
 
 from __future__ import annotations
 
+import enum
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,10 +18,18 @@ from vllm_pd.bench.stats import LEVEL, Interval, ratio, wilson
 from vllm_pd.errors import ConfigError
 
 _FACTOR = 2.0
-_MAX_BRACKET = 12
-"""Doublings or halvings before the search gives up."""
+_MAX_DOUBLINGS, _MAX_HALVINGS = 12, 4
+"""Before the search gives up. What fails at a sixteenth fails for another reason than the rate."""
 
 _NUM_DRAWS = 2000
+
+
+class Outcome(enum.Enum):
+    """What a trial says of its rate."""
+
+    PASSED = "passes"
+    FAILED = "fails"
+    UNKNOWN = "may pass or fail"
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,13 +40,16 @@ class Trial:
         rate: requests per second.
         attainment: part of the requests of all seeds that met the objectives.
         num_independent: how many independent requests would say as much.
-        is_stable: whether the service kept pace in every run.
+        is_stable: whether the service kept pace in every run; None: the runs were too short
+            to tell.
+        is_idle: whether most requests found the service idle, so that a lower rate helps little.
     """
 
     rate: float
     attainment: float
     num_independent: float
-    is_stable: bool = True
+    is_stable: bool | None = True
+    is_idle: bool = False
 
     @property
     def interval(self) -> Interval:
@@ -48,21 +60,28 @@ class Trial:
         """Return whether the requests would do for the target if all of them met it."""
         return wilson(1.0, self.num_independent).low >= target
 
-    def passes(self, target: float) -> bool:
-        """Return whether the lower confidence bound reaches the target, in steady runs."""
-        return self.is_stable and self.interval.low >= target
+    def outcome(self, target: float) -> Outcome:
+        """Return whether the confidence interval lies on one side of the target.
+
+        Where the queue grows, the rate fails. Want of evidence is neither.
+        """
+        if self.is_stable is None:
+            return Outcome.UNKNOWN
+        if not self.is_stable or self.interval.high < target:
+            return Outcome.FAILED
+        return Outcome.PASSED if self.interval.low >= target else Outcome.UNKNOWN
 
 
 @dataclass(slots=True)
 class Search:
-    """Brackets by doubling or halving, then bisects.
+    """Brackets by doubling or halving, then bisects; what is unknown bounds nothing.
 
     Ask ``next_rate``, measure it, ``tell`` the trial, until ``next_rate`` is None.
 
     Attributes:
         start: first rate to try, requests per second.
         target: part of the requests that must meet the objectives.
-        tolerance: the bracket ends at most this much apart, relative to the lower one.
+        tolerance: rates that are tried are at least this much apart, relative to the lower one.
         trials: what was measured so far.
     """
 
@@ -80,7 +99,13 @@ class Search:
     @property
     def best(self) -> float:
         """Highest rate that passed below every rate that failed; 0 if none did."""
-        return max((t.rate for t in self._passed() if t.rate < self._limit()), default=0.0)
+        limit = self.limit
+        return max((rate for rate in self._rates(Outcome.PASSED) if rate < limit), default=0.0)
+
+    @property
+    def limit(self) -> float:
+        """Lowest rate that failed; infinite if none did."""
+        return min(self._rates(Outcome.FAILED), default=math.inf)
 
     @property
     def is_over(self) -> bool:
@@ -95,30 +120,35 @@ class Search:
     @property
     def has_failed(self) -> bool:
         """Whether it has an upper bound: a rate that failed."""
-        return math.isfinite(self._limit())
+        return math.isfinite(self.limit)
 
     def next_rate(self) -> float | None:
         """Return the rate to measure next, or None: the search is over."""
-        low, high = self.best, self._limit()
         if not self.trials:
             return self.start
-        if math.isinf(high):
-            return low * _FACTOR if len(self.trials) <= _MAX_BRACKET else None
+        rates = [trial.rate for trial in self.trials]
+        low, high = self.best, self.limit
         if not low:
-            return high / _FACTOR if len(self.trials) <= _MAX_BRACKET else None
-        return math.sqrt(low * high) if high / low > 1 + self.tolerance else None
+            return min(rates) / _FACTOR if self._may_halve(min(rates)) else None
+        if math.isinf(high):
+            is_given_up = max(rates) >= self.start * _FACTOR**_MAX_DOUBLINGS
+            return None if is_given_up else max(rates) * _FACTOR
+        between = sorted(rate for rate in rates if low < rate < high)
+        steps = ((low, between[0]), (between[-1], high)) if between else ((low, high),)
+        return next((math.sqrt(a * b) for a, b in steps if b / a > 1 + self.tolerance), None)
 
     def tell(self, trial: Trial) -> None:
         """Take note of what was measured."""
         self.trials.append(trial)
 
-    def _passed(self) -> list[Trial]:
-        return [trial for trial in self.trials if trial.passes(self.target)]
+    def _may_halve(self, lowest: float) -> bool:
+        is_idle = any(
+            trial.is_idle and trial.outcome(self.target) is Outcome.FAILED for trial in self.trials
+        )
+        return not is_idle and lowest > self.start / _FACTOR**_MAX_HALVINGS
 
-    def _limit(self) -> float:
-        """Return the lowest rate that failed."""
-        failed = [trial.rate for trial in self.trials if not trial.passes(self.target)]
-        return min(failed, default=math.inf)
+    def _rates(self, outcome: Outcome) -> list[float]:
+        return [trial.rate for trial in self.trials if trial.outcome(self.target) is outcome]
 
 
 def search(measure: Callable[[float], Trial], plan: Search) -> Search:
@@ -154,7 +184,13 @@ def crossing(points: Mapping[float, float], target: float) -> float:
 
 
 def goodput_interval(trials: Sequence[Trial], target: float, *, seed: int) -> Interval:
-    """Return the rate where attainment crosses the target, with its interval."""
+    """Return the rate where attainment crosses the target, with its interval.
+
+    Args:
+        trials: of which one passed and one failed.
+        target: to cross.
+        seed: of what is drawn.
+    """
     return _interval(_crossing_of(trials, target), _drawn(trials, target, seed))
 
 
@@ -174,7 +210,13 @@ def _crossing_of(trials: Sequence[Trial], target: float) -> float:
 
     What was measured there only shows how long the run was.
     """
-    return crossing({t.rate: t.attainment if t.is_stable else 0.0 for t in trials}, target)
+    points = {t.rate: t.attainment if t.is_stable else 0.0 for t in _telling(trials)}
+    return crossing(points, target)
+
+
+def _telling(trials: Sequence[Trial]) -> list[Trial]:
+    """Return the trials whose runs were long enough to say something."""
+    return [trial for trial in trials if trial.is_stable is not None]
 
 
 def _drawn(trials: Sequence[Trial], target: float, seed: int) -> npt.NDArray[np.float64]:
@@ -192,7 +234,7 @@ def _drawn(trials: Sequence[Trial], target: float, seed: int) -> npt.NDArray[np.
         )
         if trial.is_stable
         else np.zeros(_NUM_DRAWS)
-        for trial in trials
+        for trial in _telling(trials)
     }
     points = ({rate: float(shares[rate][n]) for rate in shares} for n in range(_NUM_DRAWS))
     return np.asarray([crossing(one, target) for one in points])

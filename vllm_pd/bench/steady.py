@@ -125,6 +125,15 @@ def in_flight(records: Sequence[Record], times: Sequence[float]) -> list[int]:
     return [int(count) for count in _in_flight(records, np.asarray(times))]
 
 
+def is_idle(records: Sequence[Record]) -> bool:
+    """Return whether most requests of a run found no other one under way."""
+    free_at, found_idle = -math.inf, 0
+    for record in records:
+        found_idle += record.intended_s >= free_at
+        free_at = max(free_at, record.ended_s) if record.is_ok else free_at
+    return found_idle > len(records) / 2
+
+
 def answer_rates(records: Sequence[Record]) -> Run:
     """Return answers per second in equal parts of the window, so without start and drain.
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from vllm_pd.bench.goodput import (
+    Outcome,
     Search,
     Trial,
     crossing,
@@ -50,12 +51,47 @@ def test_search_gives_up_where_nothing_passes_or_nothing_fails() -> None:
 
 
 def test_rate_passes_by_its_lower_bound_only() -> None:
-    assert not trial(1.0, 93).passes(0.9)
-    assert trial(1.0, 97).passes(0.9)
+    assert trial(1.0, 93).outcome(0.9) is Outcome.UNKNOWN
+    assert trial(1.0, 97).outcome(0.9) is Outcome.PASSED
+
+
+def test_rate_fails_by_its_upper_bound_only() -> None:
+    assert trial(1.0, 86).outcome(0.9) is Outcome.UNKNOWN
+    assert trial(1.0, 80).outcome(0.9) is Outcome.FAILED
+
+
+def test_runs_too_short_to_tell_bound_nothing() -> None:
+    short = Trial(2.0, 0.2, 100, is_stable=None)
+    assert short.outcome(0.9) is Outcome.UNKNOWN
+    plan = Search(start=1.0, trials=[trial(1.0, 100), short])
+    assert not plan.has_failed
+    assert plan.next_rate() == 4.0
+    assert goodput_interval([trial(1.0, 100), short, trial(4.0, 80)], 0.9, seed=1).value == 2.5
+
+
+def test_search_goes_on_around_a_rate_that_is_unknown() -> None:
+    trials = [trial(1.0, 100), trial(4.0, 50), trial(2.0, 92)]
+    plan = Search(start=1.0, tolerance=0.5, trials=trials)
+    assert plan.next_rate() == pytest.approx(math.sqrt(2))
+    plan.tell(trial(math.sqrt(2), 100))
+    assert plan.next_rate() == pytest.approx(math.sqrt(8))
+    plan.tell(trial(math.sqrt(8), 50))
+    assert plan.is_over
+
+
+def test_search_goes_down_four_times_at_most() -> None:
+    rates: list[float] = []
+    assert not search(cliff(0.0, rates), Search(start=1.0)).has_passed
+    assert rates == [1.0, 0.5, 0.25, 0.125, 0.0625]
+
+
+def test_search_does_not_go_below_a_rate_that_fails_without_queueing() -> None:
+    failed = Trial(0.5, 0.5, 100, is_idle=True)
+    assert Search(start=1.0, trials=[trial(1.0, 50), failed]).is_over
 
 
 def test_unstable_rate_never_passes() -> None:
-    assert not Trial(1.0, 1.0, 100, is_stable=False).passes(0.9)
+    assert Trial(1.0, 1.0, 100, is_stable=False).outcome(0.9) is Outcome.FAILED
 
 
 def test_goodput_lies_below_a_rate_without_a_steady_state() -> None:
@@ -124,8 +160,8 @@ def test_equal_goodputs_are_rarely_told_apart() -> None:
 
 def test_few_independent_requests_cannot_pass() -> None:
     assert not Trial(1.0, 1.0, 34).is_enough(0.9)
-    assert not Trial(1.0, 1.0, 34).passes(0.9)
-    assert Trial(1.0, 1.0, 36).passes(0.9)
+    assert Trial(1.0, 1.0, 34).outcome(0.9) is Outcome.UNKNOWN
+    assert Trial(1.0, 1.0, 36).outcome(0.9) is Outcome.PASSED
 
 
 @pytest.mark.parametrize("options", [{"start": 0.0}, {"start": 1.0, "target": 1.0}])

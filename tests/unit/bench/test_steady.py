@@ -6,7 +6,7 @@ import pytest
 from tests.unit.bench.queue import record, serve
 from vllm_pd.bench.arrivals import gamma_arrivals
 from vllm_pd.bench.records import Record
-from vllm_pd.bench.steady import Regime, answer_rates, in_flight, judge
+from vllm_pd.bench.steady import Regime, answer_rates, in_flight, is_idle, judge
 
 
 def queue(load: float, count: int, seed: int) -> list[Record]:
@@ -86,3 +86,8 @@ def test_failed_requests_are_no_throughput() -> None:
     assert rate == pytest.approx(10.0)
     (nothing,) = answer_rates([record(error="lost")] * 3)
     assert nothing == 0.0
+
+
+def test_service_is_idle_where_most_requests_find_no_other() -> None:
+    assert is_idle(serve([0.0, 1.0, 2.0, 2.1], 0.5))
+    assert not is_idle(serve([0.0, 0.1, 0.2, 5.0], 0.5))
