@@ -149,9 +149,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         sys.stderr.write("interrupted before anything was measured\n")
         return INTERRUPTED
-    _show(console, figures)
     command = shlex.join(["python", "benchmarks/benchmark_serving.py", *argv])
     with uninterrupted():
+        _show(console, figures)
         status = _write(options, _report(command, target, run, figures), figures)
     if run.is_interrupted:
         sys.stderr.write(f"interrupted: these are the {figures.count} requests until then\n")

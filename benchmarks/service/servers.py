@@ -271,12 +271,14 @@ def running(
         _wait_ready(process, ready_url, log)
         yield process.pid
     finally:
-        process.terminate()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(_STOP_TIMEOUT_S)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)  # what it left behind, too
-        process.wait()
+        try:
+            process.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(_STOP_TIMEOUT_S)
+        finally:  # an impatient Ctrl-C ends the waiting, not this
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # what it left behind, too
+            process.wait()
 
 
 def _start(command: Sequence[str], environ: Mapping[str, str], log: Any) -> subprocess.Popen[bytes]:
