@@ -41,7 +41,7 @@ _HOW_TO_READ = (
     "had the same devices and got the same requests at the same times, so ratios are paired. "
     "Intervals are meant to cover the truth in 95 % of the cases, over blocks of neighbouring "
     "requests, as those wait for each other; in simulated services, where there is a verdict, "
-    "those of means did so in 92 to 98 %, those of P99 in 90 to 97 % "
+    "those of means and medians did so in 92 to 98 %, of P99 in 90 to 97 % "
     "(`benchmarks/interval_coverage.py`). A ratio counts if its interval excludes 1, and a "
     "difference of SLO attainments if it excludes 0. Where there are fewer than three runs and "
     "these are short, or short against the memory of their queue, and for P99 of fewer than "

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from benchmarks.interval_coverage import Queue, Stalls, of_first_tokens, of_stalls
+from benchmarks.interval_coverage import Queue, Stalls, of_latencies, of_stalls
 from vllm_pd.bench.stats import Run
 from vllm_pd.bench.tails import paired_tail, tail
 
@@ -33,8 +33,9 @@ def test_p99_of_gaps_with_shared_stalls_is_covered_as_often_as_is_documented(
 
 @pytest.mark.slow
 def test_p99_of_two_queues_is_covered_where_there_is_a_verdict() -> None:
-    found = of_first_tokens(Queue((0.56, 0.7)), 200, 3, NUM_SIMULATIONS)
-    assert found.missed <= 0.15 or found.enough <= 0.1
+    found = of_latencies(Queue((0.56, 0.7)), 200, 3, NUM_SIMULATIONS, level=99)
+    assert found.enough > 0.2
+    assert found.missed <= 0.2  # of some thirty
 
 
 def test_percentile_at_a_cliff_has_an_interval_that_spans_it() -> None:
