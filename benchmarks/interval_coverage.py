@@ -27,7 +27,7 @@ from benchmarks.options import Parser, positive  # noqa: E402
 from benchmarks.reporting import markdown_table  # noqa: E402
 from vllm_pd.bench.arrivals import gamma_arrivals  # noqa: E402
 from vllm_pd.bench.intervals import Comparison, paired  # noqa: E402
-from vllm_pd.bench.stats import FEW_FOR_P99, Run, Values, mean, percentile  # noqa: E402
+from vllm_pd.bench.stats import Run, Values, mean, percentile  # noqa: E402
 from vllm_pd.bench.tails import paired_tail  # noqa: E402
 
 _FILLING = 200
@@ -147,9 +147,7 @@ def of_latencies(
             return paired_tail(ours, theirs, level)
         return paired(ours, theirs, [take])[0]
 
-    true = take(first) / take(second)
-    allowed = level != 99 or count * runs >= FEW_FOR_P99
-    return _coverage(compare, true, runs, simulations, is_allowed=allowed)
+    return _coverage(compare, take(first) / take(second), runs, simulations)
 
 
 def of_stalls(stalls: Stalls, count: int, runs: int, simulations: int) -> Coverage:
@@ -162,7 +160,7 @@ def of_stalls(stalls: Stalls, count: int, runs: int, simulations: int) -> Covera
         theirs = [[np.full(one.size, _STEP_MS) for one in run] for run in ours]
         return paired_tail(ours, theirs, 99)
 
-    return _coverage(compare, true, runs, simulations, is_allowed=count * runs >= FEW_FOR_P99)
+    return _coverage(compare, true, runs, simulations)
 
 
 def _coverage(
@@ -170,17 +168,14 @@ def _coverage(
     true: float,
     runs: int,
     simulations: int,
-    *,
-    is_allowed: bool = True,
 ) -> Coverage:
     covered = enough = missed = 0
     for number in range(_FIRST_SEED, _FIRST_SEED + simulations):
         found = compare(range(number * runs, (number + 1) * runs))
         is_covered = found.ratio.low <= true <= found.ratio.high
-        is_enough = is_allowed and found.is_enough
         covered += is_covered
-        enough += is_enough
-        missed += is_enough and not is_covered
+        enough += found.is_enough
+        missed += found.is_enough and not is_covered
     return Coverage(covered / simulations, enough / simulations, missed / max(enough, 1))
 
 

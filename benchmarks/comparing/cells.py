@@ -238,7 +238,7 @@ def duel_rows(fought: Iterable[Duel]) -> list[Row]:
             labelled = {
                 **labels,
                 "verdict": one.verdict.value,
-                "is_enough": _yes_or_no(is_yes=one.is_enough and one.comparison.is_enough),
+                "is_enough": _yes_or_no(is_yes=one.comparison.is_enough),
             }
             of = one.comparison.difference
             figure, unit = f"difference of {one.name}", UNITS.get(one.name, "ms")

@@ -26,13 +26,14 @@ from vllm_pd.bench.intervals import (
     has_blocks_enough,
     student,
 )
-from vllm_pd.bench.stats import Interval, Run, ratio
+from vllm_pd.bench.stats import LEVEL, Interval, Run, ratio
 
 
 def tail(runs: Sequence[Run], level: float) -> Estimate:
     """Return a percentile of all values with its interval.
 
-    It is enough if there are requests beyond the upper end, which may be too low otherwise.
+    It is enough of requests (not of values: one prefill stalls all streams at once) if they are
+    hardly all below the percentile, and if some of them lie beyond the upper end.
 
     Args:
         runs: one for each seed of the workload.
@@ -56,7 +57,11 @@ def tail(runs: Sequence[Run], level: float) -> Estimate:
         every, (100 * (1 - min(beyond * factor, 1.0)), 100 * (1 - beyond / factor))
     )
     answered = sum(one.size > 0 for one in requests)
-    is_enough = has_blocks_enough(counts) and answered * beyond / factor >= 1
+    is_enough = (
+        has_blocks_enough(counts)
+        and (level / 100) ** answered <= 1 - LEVEL
+        and answered * beyond / factor >= 1
+    )
     return Estimate(Interval(value, float(low), float(high)), is_enough)
 
 

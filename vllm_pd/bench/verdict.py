@@ -12,7 +12,7 @@ import numpy as np
 from vllm_pd.bench.intervals import Comparison, paired
 from vllm_pd.bench.records import METRICS, Record, metric_values
 from vllm_pd.bench.slo import Objectives
-from vllm_pd.bench.stats import FEW_FOR_P99, Interval, Run, mean, percentile
+from vllm_pd.bench.stats import Interval, Run, mean, percentile
 from vllm_pd.bench.tails import paired_tail
 
 _NAMES = ("mean", "P50")
@@ -40,14 +40,12 @@ class Finding:
         comparison: ratio and difference, ours against theirs.
         is_paired: whether the same requests were answered by both. Those that fail are
             often the slow ones, so leaving them out on one side makes that side look good.
-        is_enough: whether there were requests enough for this statistic.
         is_more_better: whether more is better.
     """
 
     name: str
     comparison: Comparison
     is_paired: bool
-    is_enough: bool = True
     is_more_better: bool = False
 
     @property
@@ -65,7 +63,7 @@ class Finding:
         """What can be said."""
         if not self.is_paired:
             return Verdict.WITHHELD
-        if not (self.is_enough and self.comparison.is_enough):
+        if not self.comparison.is_enough:
             return Verdict.FEW
         same = 0.0 if self.is_difference else 1.0
         return verdict_of(self.interval, same=same, is_more_better=self.is_more_better)
@@ -103,18 +101,8 @@ def compare(
             Finding(f"{METRICS[metric]} {name}", one, is_paired)
             for name, one in zip(_NAMES, compared, strict=True)
         ]
-        # Requests, not tokens: one prefill stalls all streams at once.
-        count = min(
-            sum(values.size > 0 for run in runs for values in run) for runs in (first, second)
-        )
-        findings.append(
-            Finding(
-                f"{METRICS[metric]} P99",
-                paired_tail(first, second, 99),
-                is_paired,
-                is_enough=count >= FEW_FOR_P99,
-            )
-        )
+        tail = paired_tail(first, second, 99)
+        findings.append(Finding(f"{METRICS[metric]} P99", tail, is_paired))
     return findings
 
 

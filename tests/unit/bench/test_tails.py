@@ -52,7 +52,7 @@ def test_percentile_far_from_a_cliff_has_a_short_interval() -> None:
 
 
 def test_few_requests_say_nothing_of_what_lies_beyond() -> None:
-    few, many = ([streams(count, stalled=count)] * 3 for count in (20, 200))
+    few, many = ([streams(count, stalled=count)] * 3 for count in (99, 100))
     assert not paired_tail(few, few, 99).is_enough
     assert paired_tail(many, many, 99).is_enough
 
