@@ -19,9 +19,10 @@ every request. What is behind -- goes to every `vllm serve`.
 
 Without --model it is an untrained model of 41 million parameters, for which the objectives are
 ttft:3000 tpot:40 if --goodput gives no others: twice what a prompt of 2000 tokens and a decode step
-take on one core of the machine in docs/performance.md. On two cores all of it, 81 runs,
-is meant to take less than two hours, and --quick about a quarter of an hour; --quick has one run
-at each load, so mostly ratios without verdicts. Ctrl-C stops everything and reports what there is.
+take on one core of the machine in docs/performance.md. On two cores all of it, 81 runs, is meant
+to take less than 115 minutes (an estimate), and --quick about a quarter of an hour; --quick has one
+run at each load, so mostly ratios without verdicts. Ctrl-C stops everything and reports what there
+is.
 """
 
 from __future__ import annotations
