@@ -145,12 +145,13 @@ def test_datasets_of_upstream_pass_through_with_their_arrivals_known(
 @pytest.mark.slow
 def test_warm_up_with_a_dataset_of_upstream_asks_its_prompts_backwards(tmp_path: Path) -> None:
     behaviour = Behaviour()
-    dataset = tmp_path / "prompts.jsonl"
+    dataset = tmp_path / "prompts.json"
     prompts = [f"one{n} two{n} three{n}" for n in range(12)]
-    dataset.write_text("".join(json.dumps({"prompt": one}) + "\n" for one in prompts))
+    talks = [{"conversations": [{"value": one}, {"value": "yes"}]} for one in prompts]
+    dataset.write_text(json.dumps(talks))  # a format that upstream reads without pandas
     with serving(behaviour) as url:
-        args = ["--dataset-name", "custom", "--dataset-path", str(dataset), "--disable-shuffle"]
-        args += ["--skip-chat-template", "--custom-output-len", "4", "--warm-up", "4"]
+        args = ["--dataset-name", "sharegpt", "--dataset-path", str(dataset)]
+        args += ["--sharegpt-output-len", "4", "--warm-up", "4"]
         measure(url, tmp_path / "x.json", *args, num=12)
     backwards = {f"three{n} two{n} one{n}" for n in range(12)}
     assert set(behaviour.prompts[:4]) <= backwards
