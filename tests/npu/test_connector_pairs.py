@@ -50,7 +50,7 @@ def test_blocks_arrive_over_hccl(
 
 
 def test_engines_that_compute_in_lockstep_set_up_many_pairs_without_waiting_in_a_circle(
-    make: Make,
+    make: Make, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Two engines of two ranks each fetch from two others, all at the same time."""
     producers = [make("p", (0, 1), GQA), make("q", (2, 3), GQA, first=10**6)]
@@ -74,7 +74,7 @@ def test_engines_that_compute_in_lockstep_set_up_many_pairs_without_waiting_in_a
             reported: set[str] = set()
             while len(reported) < 2:
                 reported |= consumer.finished(rank)[1]
-            assert worker.take_invalid_block_ids() == set()
+            assert worker.take_invalid_block_ids() == set(), caplog.text
         assert transports_used(consumer) == {"hccl"}
 
 

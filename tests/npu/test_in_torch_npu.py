@@ -54,7 +54,10 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("path", sorted(HERE.glob("test_[!i]*.py")), ids=lambda path: path.stem)
 def test_passes_on_the_double(npu_python: str, cann: Path, site: Path, path: Path) -> None:
-    run_tests(npu_python, path, env=environ(cann, site), timeout_s=450)
+    # Where nothing is meant to time out, nothing may do so on a busy machine either.
+    scale = "1" if path.stem == "test_connector_pairs" else TIME_SCALE
+    env = environ(cann, site, scale)
+    run_tests(npu_python, path, env=env, timeout_s=450)
 
 
 def test_faults_pass_with_process_groups_too(npu_python: str, cann: Path, site: Path) -> None:
@@ -73,12 +76,12 @@ def test_double_does_what_torch_npu_needs(npu_python: str, cann: Path) -> None:
     run_tests(npu_python, tests, env=environment(cann, TASK_QUEUE_ENABLE="1"), timeout_s=450)
 
 
-def environ(cann: Path, site: Path, **more: str) -> dict[str, str]:
+def environ(cann: Path, site: Path, scale: str = TIME_SCALE, **more: str) -> dict[str, str]:
     return environment(
         cann,
         TASK_QUEUE_ENABLE="1",  # as in the image
         HCCL_CONNECT_TIMEOUT="0",
-        FAKE_CANN_TIME_SCALE=TIME_SCALE,
+        FAKE_CANN_TIME_SCALE=scale,
         PYTHONPATH=f"{ROOT}:{site}",
         **more,
     )
