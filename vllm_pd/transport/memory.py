@@ -247,7 +247,8 @@ def lock_pages(addr: int, num_bytes: int) -> None:
     """Keep pages from being reclaimed, so that the first copy after a pause is fast.
 
     Measured where the kernel reclaims idle memory (``DAMON``) and has no swap: after 100 s
-    without use, a copy of 24 MB took 8.9 ms of CPU time, and 4.0 ms with locked pages.
+    without use, a copy of 24 MB took 8.9 ms of CPU time, and 4.0 ms with locked pages (one run
+    of each).
 
     Raises:
         OSError: the limit of locked memory (``RLIMIT_MEMLOCK``) is too low.
