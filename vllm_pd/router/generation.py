@@ -233,10 +233,10 @@ class Generation:
             opened = await early.take(result)
             if opened is not None and opened.answer.status >= 500:
                 tried.add(opened.instance.base_url)
-            if tried and self._choose_decode(job, result.instance, tried) is not None:
-                assert opened is not None
-                opened.close()  # perhaps another one does better
-            elif opened is not None:
+                if self._choose_decode(job, result.instance, tried) is not None:
+                    opened.close()  # perhaps another one does better
+                    opened = None
+            if opened is not None:
                 if opened.answer.status == 200:
                     self._metrics.early_decodes.inc()
                 if opened.answer.streamed:
@@ -347,7 +347,9 @@ class Generation:
                     call,
                     leg,
                     work,
-                    local_tokens=_uncached(job, instance) if job and not prefilled else 0,
+                    local_tokens=0
+                    if job is None or prefilled
+                    else policy.uncached(view, job.prompt.num_tokens, job.matches),
                 )
             except UPSTREAM_ERRORS as exc:
                 failure = failure_of(exc)
@@ -409,10 +411,6 @@ def _let_go(call: Call, job: Job | None) -> None:
     if job is not None:
         job.forget()
         call.hold.release()
-
-
-def _uncached(job: Job, instance: Instance) -> int:
-    return max(0, job.prompt.num_tokens - job.matches.cached.get(instance.base_url, 0))
 
 
 def _work(job: Job) -> Work:

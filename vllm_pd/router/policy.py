@@ -114,11 +114,11 @@ def weigh(pair: Pair, num_tokens: int, matches: Matches, config: RouterConfig) -
     """
     if not may_prefill_locally(pair.decode, num_tokens, matches, config):
         return _DISAGGREGATE
-    here = _uncached(pair.decode, num_tokens, matches)
+    here = uncached(pair.decode, num_tokens, matches)
     if here < config.min_prefill_tokens:
         return Decision(disaggregate=False, reason="short_prompt")
     if config.local_prefill_cost is not None:
-        there = _uncached(pair.prefill, num_tokens, matches)
+        there = uncached(pair.prefill, num_tokens, matches)
         local = pair.decode.outstanding.prefill_tokens + here
         if _backlog(pair.prefill) + there > config.local_prefill_cost * local:
             return Decision(disaggregate=False, reason="prefill_busy")
@@ -133,8 +133,8 @@ def may_prefill_locally(
     Every stream that it serves waits for that, so what it has to prefill at one time
     is limited, and with it the length of one prompt.
     """
-    uncached = _uncached(decode, num_tokens, matches)
-    return decode.outstanding.prefill_tokens + uncached <= config.max_local_prefill_tokens
+    here = uncached(decode, num_tokens, matches)
+    return decode.outstanding.prefill_tokens + here <= config.max_local_prefill_tokens
 
 
 def has_pair(prefill: Sequence[InstanceView], decode: Sequence[InstanceView]) -> bool:
@@ -155,7 +155,7 @@ def may_decode_early(decode: InstanceView) -> bool:
 
 def tokens_to_prefill(pair: Pair, num_tokens: int, matches: Matches) -> int:
     """Return what the prefill instance has to compute until it has done this prompt."""
-    return _backlog(pair.prefill) + _uncached(pair.prefill, num_tokens, matches)
+    return _backlog(pair.prefill) + uncached(pair.prefill, num_tokens, matches)
 
 
 def choose_pair(
@@ -266,7 +266,8 @@ def _decode_cost(view: InstanceView) -> int:
     return tokens + _SEQUENCE_TOKENS * num_sequences
 
 
-def _uncached(view: InstanceView, num_tokens: int, matches: Matches) -> int:
+def uncached(view: InstanceView, num_tokens: int, matches: Matches) -> int:
+    """Return how many tokens of a prompt an instance has to compute."""
     return max(0, num_tokens - matches.cached.get(view.base_url, 0))
 
 
