@@ -77,9 +77,8 @@ class Use:
         was = self._breaker.state
         self._breaker.fail(self._ticket, now)
         self._instance.note_failure(cause, now)
-        self._pool.mark_unhealthy(self._instance, cause)
-        if was is BreakerState.CLOSED and self._breaker.state is BreakerState.OPEN:
-            self._pool.tell_doubt(self._instance, tripped=True)
+        tripped = was is BreakerState.CLOSED and self._breaker.state is BreakerState.OPEN
+        self._pool.mark_unhealthy(self._instance, cause, tripped=tripped)
 
 
 class InstancePool:
@@ -234,13 +233,21 @@ class InstancePool:
         """Count a request as open on an instance for the time of the context."""
         return Use(self, instance, work, self._clock)
 
-    def mark_unhealthy(self, instance: Instance, cause: BaseException) -> None:
+    def mark_unhealthy(
+        self, instance: Instance, cause: BaseException, *, tripped: bool = False
+    ) -> None:
         """Send nothing more to an instance until a probe of it succeeds.
 
         The probe is made at once: if only this request broke, e.g. because the
         engine could not cope with it, the instance is back after one round trip.
+
+        Args:
+            instance: on which a request failed.
+            cause: how.
+            tripped: whether that has opened its circuit breaker.
         """
-        if instance.healthy:
+        was_healthy = instance.healthy
+        if was_healthy:
             instance.probes.note_failed_request()
             instance.probe_now.set()
             logger.warning(
@@ -249,27 +256,24 @@ class InstancePool:
                 instance.base_url,
                 describe(cause),
             )
-            self.tell_doubt(instance, tripped=False)
-
-    def tell_doubt(self, instance: Instance, *, tripped: bool) -> None:
-        """Tell who wants to know that requests have failed on an instance."""
-        for on_doubt in self._on_doubt:
-            on_doubt(instance.base_url, tripped)
+        if was_healthy or tripped:
+            # At once: between two messages, another process could send requests there.
+            for on_doubt in self._on_doubt:
+                on_doubt(instance.base_url, tripped)
 
     def doubt(self, base_url: str, *, tripped: bool) -> None:
         """Take over what another process of this router has found out about an instance.
 
         Args:
-            base_url: of the instance.
-            tripped: whether its circuit breaker there has opened; if not, a request has
-                failed and the next probe decides.
+            base_url: of the instance, on which a request has failed: the next probe decides.
+            tripped: whether that has opened its circuit breaker there.
         """
         instance = self._instances.get(base_url)
         if instance is None:
             return
         if tripped:
             instance.breaker.trip(self._clock())
-        elif instance.healthy:
+        if instance.healthy:
             instance.probes.note_failed_request()
             instance.probe_now.set()
 

@@ -180,13 +180,13 @@ async def healthy(_url: str) -> bool:
     return True
 
 
-def pool_of(clock: Clock) -> InstancePool:
+def pool_of(clock: Clock, breaker_failures: int = 2) -> InstancePool:
     pool = InstancePool(
         [],
         [URL],
         probe=healthy,
         health_interval_s=3600.0,
-        limits=replace(DEFAULT_LIMITS, breaker_failures=2),
+        limits=replace(DEFAULT_LIMITS, breaker_failures=breaker_failures),
         clock=clock,
     )
     for instance in pool:
@@ -212,6 +212,25 @@ def test_what_fails_in_one_worker_is_told_and_doubted_in_another() -> None:
     assert doubted.probe_now.is_set()
     doubted.probes.note_probe(healthy=True)
     other.doubt(URL, tripped=True)
+    assert not other.has_healthy(Role.DECODE)
+
+
+def test_a_failure_that_opens_the_breaker_is_told_at_once() -> None:
+    # In two messages, the probe after the first one could bring the instance back.
+    clock = Clock()
+    one, other = (pool_of(clock, breaker_failures=1) for _ in range(2))
+    told: list[tuple[str, bool]] = []
+    one.subscribe_doubts(lambda url, tripped: told.append((url, tripped)))
+    (instance,) = one
+    with one.in_use(instance) as use:
+        use.failed(ConnectionResetError())
+    assert told == [(URL, True)]
+
+    other.doubt(URL, tripped=True)
+    (doubted,) = other
+    assert not doubted.healthy
+    assert doubted.probe_now.is_set()
+    doubted.probes.note_probe(healthy=True)
     assert not other.has_healthy(Role.DECODE)
 
 
