@@ -128,7 +128,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         packages = _find_nixl(tell) if options.with_nixl else None
         environment = report.describe_environment(peers.describe_packages() if packages else "none")
-        environment["model"] = _describe(GEOMETRY)
+        environment["model"] = _describe(GEOMETRY, _dtype())
         environment["cores"] = "prefill {}, decode and plain {}".format(*options.cores)
         environment["command"] = shlex.join(["python", "benchmarks/service_overhead.py", *argv])
         for key, value in environment.items():
@@ -221,6 +221,7 @@ def _bench(
 
 def _kv_len(engine: servers.Engine, instance: servers.Instance) -> int:
     config = json.loads((engine.model / "config.json").read_text())
+    config["dtype"] = _dtype()
     return client.num_blocks(instance.url) * kv_block_len(config, BLOCK_SIZE)
 
 
@@ -275,10 +276,15 @@ def _write(
     return 0
 
 
-def _describe(geometry: Geometry) -> str:
+def _dtype() -> str:
+    """Return what engines compute in."""
+    return (GEOMETRY.dtype, *servers.dtype_args())[-1]
+
+
+def _describe(geometry: Geometry, dtype: str) -> str:
     return (
         f"untrained, {geometry.num_layers} layers, hidden {geometry.hidden_size}, "
-        f"{geometry.num_kv_heads} KV heads of {geometry.head_size}, {geometry.dtype}"
+        f"{geometry.num_kv_heads} KV heads of {geometry.head_size}, {dtype}"
     )
 
 

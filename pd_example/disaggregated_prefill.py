@@ -43,7 +43,7 @@ def plan_two_instances(model: str | None, folder: Path) -> tuple[str, list[tuple
     from vllm_pd.config import Topology
     from vllm_pd.demo.model import write_demo_model
     from vllm_pd.launcher.devices import find_machine
-    from vllm_pd.launcher.model import check_model
+    from vllm_pd.launcher.model import check_model, is_quantized
     from vllm_pd.launcher.planning import Model, make_plan
     from vllm_pd.session.keys import write_cluster_key
 
@@ -56,7 +56,7 @@ def plan_two_instances(model: str | None, folder: Path) -> tuple[str, list[tuple
     plan, warnings = make_plan(
         Topology(device=os.environ.get("DEVICE") or None),
         find_machine(os.environ.get("DEVICE") or None, os.environ),
-        model=Model(path, path),
+        model=Model(path, path, is_quantized(path)),
         cluster_key_file=folder / "cluster.key",
         environ=os.environ,
     )
@@ -70,6 +70,7 @@ def plan_two_instances(model: str | None, folder: Path) -> tuple[str, list[tuple
             "tensor_parallel_size": int(options["--tensor-parallel-size"]),
             "kv_transfer_config": json.loads(options["--kv-transfer-config"]),
             "enforce_eager": "--enforce-eager" in spec.argv,
+            "dtype": options.get("--dtype", "auto"),
         }
         instances.append((json.dumps(spec.env), llm_options))
     return path, instances

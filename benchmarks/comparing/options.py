@@ -12,7 +12,7 @@ from pathlib import Path
 
 from benchmarks.comparing.deployments import Site, check_pool
 from benchmarks.options import Parser, positive, read_number
-from benchmarks.service.servers import ENGINE_ARGS
+from benchmarks.service.servers import ENGINE_ARGS, dtype_args
 from benchmarks.transfer.pair import REPO, BenchError
 from vllm_pd.demo.model import Geometry, write_untrained_model
 from vllm_pd.launcher.devices import detect_device, find_pool
@@ -60,7 +60,8 @@ def make_site(args: argparse.Namespace, folder: Path) -> Site:
         write_untrained_model(path, GEOMETRY)
         model = str(path)
     # The user's come last, so that they win.
-    engine_args = (*(_OWN_ARGS if args.model is None else ()), *args.args)
+    own_args = _OWN_ARGS if args.model is None else ()
+    engine_args = (*dtype_args(device, args.model), *own_args, *args.args)
     return Site(model, device, pool, engine_args, args.kv_gib, folder)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import platform
 import random
 import signal
 import socket
@@ -21,6 +22,8 @@ from typing import Any
 import yaml
 
 from benchmarks.transfer.pair import BenchError
+from vllm_pd.launcher.devices import is_slow_in_16_bit, read_cpuinfo
+from vllm_pd.launcher.model import is_quantized
 
 MODEL_NAME = "m"
 ENGINE_ARGS = ("--max-model-len", "4096", "--max-num-seqs", "32")
@@ -159,7 +162,7 @@ def served(
     (port,) = free_ports(1)
     command = [sys.executable, "-P", "-m", "vllm.entrypoints.cli.main", "serve", str(engine.model)]
     command += ["--host", "127.0.0.1", "--port", str(port), "--served-model-name", MODEL_NAME]
-    command += ["--enforce-eager", *ENGINE_ARGS, *args]
+    command += ["--enforce-eager", *ENGINE_ARGS, *dtype_args(), *args]
     variables = {
         "VLLM_USE_V2_MODEL_RUNNER": "0",
         "VLLM_CPU_KVCACHE_SPACE": str(engine.kv_gib),
@@ -202,6 +205,18 @@ def topology(
         "args": list(ENGINE_ARGS),
         "start_timeout_s": _START_TIMEOUT_S,
     }
+
+
+def dtype_args(device: str = "cpu", model: str | None = None) -> tuple[str, ...]:
+    """Return the type that ``vllm-pd up`` chooses here, for instances that it does not start.
+
+    Args:
+        device: what they compute on.
+        model: folder or name; None: an untrained one of ours.
+    """
+    is_slow = device == "cpu" and is_slow_in_16_bit(platform.machine(), read_cpuinfo())
+    is_possible = model is None or is_quantized(model) is False
+    return ("--dtype", "float32") if is_slow and is_possible else ()
 
 
 def free_ports(count: int) -> list[int]:

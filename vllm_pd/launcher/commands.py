@@ -19,7 +19,7 @@ from vllm_pd.errors import ConfigError, LaunchError
 from vllm_pd.launcher.devices import check_engine, find_machine
 from vllm_pd.launcher.launch import launch
 from vllm_pd.launcher.logs import LogFollower, last_lines
-from vllm_pd.launcher.model import DEMO_MODEL_NAME, check_model
+from vllm_pd.launcher.model import DEMO_MODEL_NAME, check_model, is_quantized
 from vllm_pd.launcher.plan import DeploymentPlan
 from vllm_pd.launcher.planning import Model, make_plan, wanted_ports
 from vllm_pd.launcher.ports import check_ports
@@ -76,8 +76,10 @@ def prepare(
     machine = find_machine(topology.device, os.environ, host=host)
     if topology.model is None:
         path, name = str(run_dir.demo_model_path), DEMO_MODEL_NAME
+        quantized: bool | None = False  # it is made later
     else:
         path, name = check_model(topology.model), topology.model
+        quantized = is_quantized(path)
     key_path = topology.connector.cluster_key_file
     if key_path is not None and not Path(key_path).is_file():
         raise ConfigError(
@@ -86,7 +88,7 @@ def prepare(
     plan, warnings = make_plan(
         topology,
         machine,
-        model=Model(path, topology.served_model_name or name),
+        model=Model(path, topology.served_model_name or name, quantized),
         cluster_key_file=run_dir.key_path,
         environ=os.environ,
     )

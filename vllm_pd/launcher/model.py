@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -50,3 +51,20 @@ def check_model(model: str) -> str:
     if not (folder / "config.json").is_file():
         raise ConfigError(f"model folder {folder} has no config.json")
     return str(folder.absolute())
+
+
+def is_quantized(model: str) -> bool | None:
+    """Tell whether the weights are quantised, by ``config.json``; None: that is not at hand.
+
+    Args:
+        model: as ``check_model`` returns it; a Hugging Face name has no folder.
+    """
+    try:
+        config = json.loads((Path(model) / "config.json").read_bytes())
+    except (OSError, ValueError):
+        return None
+    if not isinstance(config, dict):
+        return None
+    parts = [config, config.get("text_config")]  # of a model with several, this one generates
+    keys = ("quantization_config", "compression_config")
+    return any(isinstance(part, dict) and part.get(key) for part in parts for key in keys)

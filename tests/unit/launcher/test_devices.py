@@ -11,6 +11,7 @@ from vllm_pd.launcher.devices import (
     find_npus,
     find_pool,
     gpu_indices,
+    is_slow_in_16_bit,
     one_thread_per_core,
     visible_pool,
 )
@@ -47,6 +48,26 @@ def test_visible_devices_are_the_pool(value: str | None, pool: tuple[str, ...] |
 )
 def test_a_visible_devices_variable_narrows_the_pool(device: str, variable: str) -> None:
     assert find_pool(device, {variable: "2,3"}) == ("2", "3")
+
+
+@pytest.mark.parametrize(
+    ("machine", "flags", "is_slow"),
+    [
+        ("x86_64", "fma avx avx2", True),
+        ("x86_64", "fma avx avx2 avx512f avx512bw", False),
+        ("x86_64", "avx2 avx_vnni avx_ne_convert", False),
+        ("aarch64", "fp asimd", False),
+    ],
+)
+def test_x86_without_wide_vectors_is_slow_in_16_bit(
+    machine: str, flags: str, is_slow: bool
+) -> None:
+    cpuinfo = f"processor\t: 0\nflags\t\t: {flags}\nbugs\t\t:\n"
+    assert is_slow_in_16_bit(machine, cpuinfo) is is_slow
+
+
+def test_a_cpu_that_the_kernel_does_not_describe_is_left_to_vllm() -> None:
+    assert not is_slow_in_16_bit("x86_64", "")
 
 
 def test_an_unknown_device_is_refused_by_name() -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from vllm_pd.errors import ConfigError
-from vllm_pd.launcher.model import check_model
+from vllm_pd.launcher.model import check_model, is_quantized
 
 
 @pytest.fixture
@@ -50,3 +50,25 @@ def test_a_file_is_no_folder(tmp_path: Path) -> None:
 def test_a_text_that_is_neither_is_refused(name: str) -> None:
     with pytest.raises(ConfigError, match="neither a folder nor a Hugging Face name"):
         check_model(name)
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ('{"dtype": "bfloat16"}', False),
+        ('{"quantization_config": {"quant_method": "awq"}}', True),
+        ('{"text_config": {"quantization_config": {"quant_method": "fp8"}}}', True),
+        ('{"quantization_config": null, "text_config": {"vocab_size": 8}}', False),
+        ("[]", None),
+        ("{", None),
+    ],
+)
+def test_a_checkpoint_says_whether_it_is_quantised(
+    checkpoint: Path, config: str, expected: bool | None
+) -> None:
+    (checkpoint / "config.json").write_text(config)
+    assert is_quantized(str(checkpoint)) is expected
+
+
+def test_whether_a_hugging_face_name_is_quantised_is_not_known() -> None:
+    assert is_quantized("Qwen/Qwen2.5-7B-Instruct") is None

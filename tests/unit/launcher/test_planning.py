@@ -33,6 +33,53 @@ def plan_of(
     return plan
 
 
+OLD_CPU = dataclasses.replace(CPU, is_slow_in_16_bit=True)
+
+
+def plan_with_dtype(
+    machine: Machine, *args: str, is_quantized: bool | None = False, group: tuple[str, ...] = ()
+) -> tuple[list[str | None], list[str]]:
+    """Return the ``--dtype`` of prefill and decode, and the warnings."""
+    topology = Topology(args=args, decode=InstanceGroup(args=group))
+    plan, warnings = make_plan(
+        topology,
+        machine,
+        model=Model("/models/m", "m", is_quantized),
+        cluster_key_file=Path("/run/cluster.key"),
+        environ={},
+    )
+    specs = [process(plan, name) for name in ("prefill-0", "decode-0")]
+    return [option(s, "--dtype") if "--dtype" in s.argv else None for s in specs], warnings
+
+
+def test_a_cpu_that_is_slow_in_16_bit_computes_in_float32_and_says_so() -> None:
+    dtypes, (warning,) = plan_with_dtype(OLD_CPU)
+    assert dtypes == ["float32", "float32"]
+    assert "float32" in warning
+    assert "--dtype auto" in warning
+
+
+def test_the_dtype_of_the_user_wins() -> None:
+    assert plan_with_dtype(OLD_CPU, "--dtype", "auto") == (["auto", "auto"], [])
+    assert plan_with_dtype(OLD_CPU, "--dtype=half") == ([None, None], [])
+    assert plan_with_dtype(OLD_CPU, group=("--dtype", "half"))[0] == ["float32", "half"]
+
+
+def test_quantised_weights_keep_their_dtype() -> None:
+    assert plan_with_dtype(OLD_CPU, is_quantized=True) == ([None, None], [])
+
+
+def test_where_it_is_not_known_whether_weights_are_quantised_the_user_is_told() -> None:
+    dtypes, (warning,) = plan_with_dtype(OLD_CPU, is_quantized=None)
+    assert dtypes == [None, None]
+    assert "--dtype float32" in warning
+
+
+def test_other_machines_leave_the_dtype_to_vllm() -> None:
+    for machine in (CPU, CUDA, NPU):
+        assert plan_with_dtype(machine) == ([None, None], [])
+
+
 def process(plan: DeploymentPlan, name: str) -> ProcessSpec:
     return next(spec for spec in plan.processes if spec.name == name)
 
