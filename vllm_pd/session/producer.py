@@ -310,6 +310,12 @@ class Producer:
             self._end_fetch(fetch, session, delivered=False)
             self._refuse(identity, fetch, FetchFailure.OUT_OF_RANGE, str(exc))
             return
+        except Exception:  # a plugin's bug, perhaps; the lease must not count as read for ever
+            logger.exception("transport %s fails to send", fetch.transport)
+            self._end_fetch(fetch, session, delivered=False)
+            detail = f"{fetch.transport} fails to send"
+            self._refuse(identity, fetch, FetchFailure.TRANSPORT, detail)
+            return
         deadline = now + min(fetch.timeout_s, self._fetch_timeout_s)
         self._running[key] = _Running(identity, fetch, session, deadline)
         self._server.send(identity, FetchReady(fetch_id=fetch.fetch_id))

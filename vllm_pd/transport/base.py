@@ -179,6 +179,8 @@ class Transport(ABC):
     ) -> None:
         """Post the producer's half: these blocks of all regions, in this order.
 
+        What raises, whatever it is, has posted nothing.
+
         Args:
             peer_id: to whom.
             transfer_id: the same on both sides.

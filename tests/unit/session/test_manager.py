@@ -489,6 +489,24 @@ def test_read_that_the_transport_does_not_end_leaves_no_deadline_behind(
     assert "failing all fetches" not in caplog.text
 
 
+class FailingToSend(ShmTransport):
+    """Has a bug where it is to post something."""
+
+    def send_blocks(self, peer_id: str, *args: Any, **options: Any) -> None:
+        raise OSError("injected")
+
+
+def test_transport_that_fails_to_send_keeps_no_block() -> None:
+    producer, consumer = make_engine(kind=FailingToSend), make_engine()
+    producer.manager.grant(GRANT)
+    consumer.manager.fetch(fetch_request(producer))
+    assert "shm fails to send" in str(consumer.wait_fetched().error)
+    producer.manager.release(GRANT.transfer_id)
+    assert producer.wait(lambda r: bool(r.freed)).freed == [GRANT.request_id]
+    producer.close()
+    consumer.close()
+
+
 class LosingItsPeer(ShmTransport):
     """The data link breaks at the first transfer; the control channel stays."""
 
