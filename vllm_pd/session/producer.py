@@ -306,15 +306,13 @@ class Producer:
             transport.send_blocks(
                 session.peer_id, fetch.fetch_id, block_ids, heads=heads, digests=fetch.digests
             )
-        except LocalProtocolError as exc:
+        except Exception as exc:  # a plugin's bug, too: else the lease would be read for ever
+            failure, detail = FetchFailure.OUT_OF_RANGE, str(exc)
+            if not isinstance(exc, LocalProtocolError):
+                logger.exception("transport %s fails to send", fetch.transport)
+                failure, detail = FetchFailure.TRANSPORT, f"{fetch.transport} fails to send"
             self._end_fetch(fetch, session, delivered=False)
-            self._refuse(identity, fetch, FetchFailure.OUT_OF_RANGE, str(exc))
-            return
-        except Exception:  # a plugin's bug, perhaps; the lease must not count as read for ever
-            logger.exception("transport %s fails to send", fetch.transport)
-            self._end_fetch(fetch, session, delivered=False)
-            detail = f"{fetch.transport} fails to send"
-            self._refuse(identity, fetch, FetchFailure.TRANSPORT, detail)
+            self._refuse(identity, fetch, failure, detail)
             return
         deadline = now + min(fetch.timeout_s, self._fetch_timeout_s)
         self._running[key] = _Running(identity, fetch, session, deadline)
