@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Self
 
 from aiohttp import StreamReader, web
@@ -12,6 +12,7 @@ from vllm_pd.router import body as bodies
 from vllm_pd.router import headers as http_headers
 from vllm_pd.router.affinity import Matches, Prompt
 from vllm_pd.router.api_keys import Client
+from vllm_pd.router.attempts import Attempts
 from vllm_pd.router.body_budget import Hold
 from vllm_pd.router.headers import PD_PATH
 from vllm_pd.router.instance import describe
@@ -35,6 +36,7 @@ class Call:
         client: whose request it is.
         record: what others will know of it.
         hold: what its body takes of the memory for bodies.
+        attempts: those that broke at an instance, on all legs.
     """
 
     request: web.Request
@@ -44,6 +46,7 @@ class Call:
     client: Client
     record: Record
     hold: Hold
+    attempts: Attempts = field(default_factory=Attempts)
 
     @classmethod
     def begin(cls, request: web.Request, outcome: Outcome, client: Client, hold: Hold) -> Self:

@@ -26,6 +26,14 @@ HIGH_WATER_LEN = 64 * 1024
 _JOIN_LEN = 16 * 1024
 """Bytes of the longest body that is copied behind its head: one buffer is sent sooner than two."""
 
+MAX_ANSWER_LEN = 256 * 2**20
+"""Bytes of the longest answer that is read as a whole.
+
+An answer with every logprob that vLLM gives, or with many embeddings, has tens of mebibytes. What
+has more is no answer to one request, and an instance that sends for ever must not take the
+router's memory.
+"""
+
 _NO_BODY = (204, 304)
 
 
@@ -152,17 +160,19 @@ class Connection(asyncio.Protocol):
             await self._wait()
         return self._take()
 
-    async def read_all(self) -> bytes:
-        """Return the rest of the body.
+    async def read_all(self, max_len: int = MAX_ANSWER_LEN) -> bytes:
+        """Return the rest of the body, of at most ``max_len`` bytes.
 
         Raises:
-            BrokenAnswerError: the instance broke off.
+            BrokenAnswerError: the instance broke off, or sent more.
             TimeoutError: it was silent for too long.
         """
         self._is_whole = True
         self._resume()
         while not self._is_complete or self._error is not None:
+            self._check_len(max_len)
             await self._wait()
+        self._check_len(max_len)
         return self._take()
 
     def finish(self) -> None:
@@ -270,6 +280,11 @@ class Connection(asyncio.Protocol):
         self._buffered_len = 0
         self._resume()
         return data
+
+    def _check_len(self, max_len: int) -> None:
+        if self._buffered_len > max_len:
+            self.close()
+            raise BrokenAnswerError(f"an answer of more than {max_len} bytes")
 
     def _resume(self) -> None:
         if self._is_paused:

@@ -15,6 +15,7 @@ from multidict import CIMultiDict
 
 from vllm_pd.config import Role
 from vllm_pd.router import headers as http_headers
+from vllm_pd.router.attempts import failure_of
 from vllm_pd.router.body import RESPONSES
 from vllm_pd.router.call import Call
 from vllm_pd.router.instance import Instance, describe
@@ -25,7 +26,7 @@ from vllm_pd.router.pace import Pace
 from vllm_pd.router.replies import error_event, error_response
 from vllm_pd.router.sink import Sink
 from vllm_pd.router.spans import Span
-from vllm_pd.router.sse import SseReader, is_aborted
+from vllm_pd.router.sse import SseReader, is_aborted, is_prelude
 from vllm_pd.router.timeline import timeline_of
 from vllm_pd.router.upstream import UPSTREAM_ERRORS, Answer, Upstream, is_idle_timeout
 from vllm_pd.router.usage import PromptDetails, repaired
@@ -141,11 +142,13 @@ class DecodeLegs:
                 _warn(call, instance, exc)
                 if not (is_early and is_idle_timeout(exc)):
                     use.failed(exc)
+                    call.attempts.note_error(exc, Role.DECODE)
             use.end()
             span.fail(exc)
             span.end()
             raise
         span.answered(answer.status)
+        call.attempts.note_status(answer.status)
         if answer.status == 200:
             use.succeeded()
             if answer.streamed and not is_early:
@@ -155,7 +158,10 @@ class DecodeLegs:
     async def _ask(
         self, instance: Instance, call: Call, leg: bytes | None, span: Span, local_tokens: int
     ) -> Answer:
-        """Send a request and return the beginning of its answer, unless it was aborted."""
+        """Send a request and return the beginning of its answer, unless it was aborted.
+
+        That is its first output: the events before it say nothing of the engine.
+        """
         with _prefilling(instance, local_tokens):
             answer = await self._upstream.decode(
                 call.request.method,
@@ -163,6 +169,8 @@ class DecodeLegs:
                 span.headers(call.headers),
                 leg,
             )
+            if call.path == RESPONSES:
+                await answer.pass_over(is_prelude)
         if _can_abort(call) and is_aborted(answer.first):
             answer.close()
             raise AbortedError("the instance aborted the request")
@@ -215,7 +223,7 @@ class DecodeLegs:
             _warn(call, opened.instance, failure)
             opened.failed(failure)
             call.record.error = f"the stream broke: {describe(failure)}"
-            await _end_broken(call, client, *failure_of(failure))
+            await _end_broken(call, client, *failure_of(failure, Role.DECODE))
             return
         await client.end()
 
@@ -303,13 +311,6 @@ def error_answer(
     call.outcome.code = status
     call.record.error = message
     return error_response(status, message, headers=call.mark(CIMultiDict(headers or {})))
-
-
-def failure_of(exc: BaseException) -> tuple[int, str]:
-    """Return status and message for a client whose decode instance failed."""
-    if is_idle_timeout(exc):
-        return 504, "The decode instance did not answer in time."
-    return 502, "The decode instance failed."
 
 
 def _headers(call: Call, answer: Answer) -> CIMultiDict[str]:

@@ -7,19 +7,26 @@ from collections.abc import Awaitable, Callable, Mapping
 
 from vllm_pd.router.decode import Opened
 from vllm_pd.router.prefill import Prefilled, is_as_expected
-from vllm_pd.router.upstream import UPSTREAM_ERRORS
+from vllm_pd.router.upstream import UPSTREAM_ERRORS, is_idle_timeout
 
 
 class Early:
-    """A decode leg that is sent before its prefill has ended."""
+    """A decode leg that is sent before its prefill has ended.
+
+    Attributes:
+        broke_at: base URL of the instance where it broke, once it was to be taken; None: nowhere.
+    """
 
     def __init__(self) -> None:
+        self.broke_at: str | None = None
+        self._base_url = ""
         self._params: Mapping[str, object] = {}
         self._task: asyncio.Task[Opened | None] | None = None
         self._is_sent = False
 
     def start(
         self,
+        base_url: str,
         params: Mapping[str, object],
         pause_s: float,
         send: Callable[[], Awaitable[Opened] | None],
@@ -27,10 +34,12 @@ class Early:
         """Send it after that pause, if nobody has asked for it until then.
 
         Args:
+            base_url: of the instance that gets it.
             params: what it waits for.
             pause_s: how long it is not sent.
             send: sends it, if it still may be sent then.
         """
+        self._base_url = base_url
         self._params = params
         self._task = asyncio.create_task(self._run(pause_s, send))
 
@@ -55,7 +64,9 @@ class Early:
         task = self._task
         try:
             opened = await asyncio.shield(task)
-        except UPSTREAM_ERRORS:
+        except UPSTREAM_ERRORS as exc:
+            if not is_idle_timeout(exc):  # it waited for the prefill: silence is not its fault
+                self.broke_at = self._base_url
             self._task = None
             del task  # with its error, which keeps this frame and the body that was sent
             return None

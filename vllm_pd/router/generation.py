@@ -10,6 +10,8 @@
 4. decode leg, on another decode instance as long as the client got nothing
 5. bytes to the client as they come, usage repaired
 
+A request that has broken three instances (``attempts``) gets no fourth one of either role.
+
 The client's disconnect cancels the handler at whatever it waits for; every answer
 that is not complete is closed then, and vLLM aborts the request. A prefill that nobody
 will fetch is released.
@@ -32,7 +34,7 @@ from vllm_pd.router import policy
 from vllm_pd.router.affinity import NO_MATCHES, AffinityIndex
 from vllm_pd.router.body_budget import BodyBudget
 from vllm_pd.router.call import Call, Job
-from vllm_pd.router.decode import DecodeLegs, Opened, error_answer, failure_of, plain_answer
+from vllm_pd.router.decode import DecodeLegs, Opened, error_answer, plain_answer
 from vllm_pd.router.describe import ControlLink
 from vllm_pd.router.early import Early
 from vllm_pd.router.headers import PATH_DECODE_ONLY, PATH_DISAGGREGATED
@@ -43,6 +45,7 @@ from vllm_pd.router.metrics import Metrics
 from vllm_pd.router.policy import InstanceView, Pair
 from vllm_pd.router.prefill import (
     Failed,
+    GivenUp,
     NotPrefilled,
     Prefilled,
     PrefillLegs,
@@ -130,7 +133,7 @@ class Generation:
 
     async def _prefill(
         self, call: Call, job: Job, early: Early, first: Pair | None
-    ) -> Prefilled | NotPrefilled | Refused:
+    ) -> Prefilled | NotPrefilled | Refused | GivenUp:
         """Have the prompt prefilled, by another instance if one fails.
 
         Args:
@@ -168,6 +171,9 @@ class Generation:
             if not isinstance(result, Failed):
                 return result
             early.cancel()  # it waits for this attempt
+            self._release(instance, transfer_id)  # it may have prefilled all the same
+            if call.attempts.are_spent:
+                return _give_up(call, result)
             busy = result.busy or busy
         if busy is not None:
             return Refused(busy)
@@ -199,7 +205,7 @@ class Generation:
                 instance, call, job.leg(params), _work(job), is_early=True
             )
 
-        early.start(params, pause_s, send)
+        early.start(instance.base_url, params, pause_s, send)
 
     def _still_decodes(self, instance: Instance) -> bool:
         """Return whether an instance that was chosen a while ago may still get a decode leg."""
@@ -214,28 +220,29 @@ class Generation:
         self,
         call: Call,
         job: Job,
-        result: Prefilled | NotPrefilled | Refused,
+        result: Prefilled | NotPrefilled | Refused | GivenUp,
         early: Early,
     ) -> web.StreamResponse:
         """Answer the client once the prefill leg is over."""
         if isinstance(result, Refused):
             call.outcome.path = PATH_DISAGGREGATED
             return plain_answer(call, result.answer, result.answer.first)
+        if isinstance(result, GivenUp):
+            call.outcome.path = PATH_DISAGGREGATED
+            return error_answer(call, result.status, result.message)
         if isinstance(result, NotPrefilled):
             early.cancel()  # it would wait for nothing
             if result.reason == "invalid_request":
                 return await self._decode_only(call, job, result.reason)
             return await self._fall_back(call, job, result.reason)
         call.outcome.path = PATH_DISAGGREGATED
-        tried: set[str] = set()
         try:
             began = time.monotonic()
             opened = await early.take(result)
-            if opened is not None and opened.answer.status >= 500:
-                tried.add(opened.instance.base_url)
-                if self._choose_decode(job, result.instance, tried) is not None:
-                    opened.close()  # perhaps another one does better
-                    opened = None
+            tried = self._failed_early(call, job, result, early, opened)
+            if opened is not None and tried:
+                opened.close()  # perhaps another one does better
+                opened = None
             if opened is not None:
                 if opened.answer.status == 200:
                     self._metrics.early_decodes.inc()
@@ -254,9 +261,21 @@ class Generation:
                 prefilled=result,
                 tried=tried,
             )
-        except asyncio.CancelledError:
+        except (asyncio.CancelledError, ConnectionResetError):  # the client left
             self._release(result.instance, str(result.kv_params.get("transfer_id")))
             raise
+
+    def _failed_early(
+        self, call: Call, job: Job, result: Prefilled, early: Early, opened: Opened | None
+    ) -> set[str]:
+        """Return whom to pass over as the early leg failed there, if there is anybody else."""
+        failed_at = early.broke_at
+        if opened is not None and opened.answer.status >= 500:
+            failed_at = opened.instance.base_url
+        if failed_at is None or call.attempts.are_spent:
+            return set()
+        tried = {failed_at}
+        return tried if self._choose_decode(job, result.instance, tried) is not None else set()
 
     async def ask_for_stored(self, call: Call) -> web.StreamResponse:
         """Serve a request for a response from the instance that has stored it."""
@@ -333,9 +352,10 @@ class Generation:
 
         if only is not None:
             first = only.view(0.0)
+        attempts = call.attempts
         # Not the exception: it would keep this frame, and with it the body, from being freed.
         failure: tuple[int, str] | None = None
-        while (view := first or choose()) is not None:
+        while not attempts.are_spent and (view := first or choose()) is not None:
             first = None
             instance = self._pool.at(view)
             tried.add(instance.base_url)
@@ -352,15 +372,15 @@ class Generation:
                     else policy.uncached(view, job.prompt.num_tokens, job.matches),
                 )
             except UPSTREAM_ERRORS as exc:
-                failure = failure_of(exc)
+                failure = attempts.failure
                 if is_idle_timeout(exc):
                     break  # the client has waited long enough
                 continue
             with opened:
-                # Perhaps its engine is dead. One more is tried, and no further one: the request
-                # may be what engines cannot stand.
-                is_first = opened.answer.status >= 500 and len(tried) == 1
-                if is_first and choose() is not None:
+                # Perhaps its engine is dead, or busy. Unless the request may be what engines
+                # cannot stand, another one is tried.
+                may_retry = opened.answer.status >= 500 and not attempts.are_spent
+                if may_retry and choose() is not None:
                     continue
                 self._note_refusal(opened, prefilled)
                 self._metrics.note_first_bytes(call.outcome, streamed=opened.answer.streamed)
@@ -404,6 +424,14 @@ class Generation:
         """Give the blocks of a prefill back that nobody will fetch; best effort."""
         if instance.control is not None:
             self._control.release(instance.control, transfer_id)
+
+
+def _give_up(call: Call, result: Failed) -> Refused | GivenUp:
+    """Return the failure of the last prefill leg of a request as what the client gets."""
+    if result.answer is not None:
+        return Refused(result.answer)
+    assert call.attempts.failure is not None
+    return GivenUp(*call.attempts.failure)
 
 
 def _let_go(call: Call, job: Job | None) -> None:

@@ -256,7 +256,8 @@ class InstancePool:
                 instance.base_url,
                 describe(cause),
             )
-        if was_healthy or tripped:
+        is_here = self._instances.get(instance.base_url) is instance  # or it is of others now
+        if is_here and (was_healthy or tripped):
             # At once: between two messages, another process could send requests there.
             for on_doubt in self._on_doubt:
                 on_doubt(instance.base_url, tripped)

@@ -17,16 +17,36 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_MIN_PRUNED = 256
+"""Connections that are kept in any case; fewer are not worth a look."""
+
 
 class Newcomers:
     """Tells connections that have sent a request from those that have not."""
 
     def __init__(self) -> None:
         self._known: set[web.RequestHandler] = set()
+        self._prune_at = _MIN_PRUNED
+
+    @property
+    def num_known(self) -> int:
+        """Connections that it holds on to, as they have sent a request."""
+        return len(self._known)
 
     def note(self, request: web.Request) -> None:
         """Take note that a connection has sent a request."""
         self._known.add(request.protocol)
+        if len(self._known) >= self._prune_at:
+            self._prune()
+
+    def _prune(self) -> None:
+        """Let go of those that are closed.
+
+        Clients that connect for every request would leave very many until the next look. Only at
+        twice as many as were open, so that a request costs the same, however many there are.
+        """
+        self._known = {one for one in self._known if one.transport is not None}
+        self._prune_at = max(_MIN_PRUNED, 2 * len(self._known))
 
     async def watch(self, server: web.Server, *, timeout_s: float) -> None:
         """End connections without a request, until cancelled.

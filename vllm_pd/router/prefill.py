@@ -63,14 +63,32 @@ class Refused:
 
 
 @dataclass(frozen=True, slots=True)
+class GivenUp:
+    """The request broke too much: no further instance is risked.
+
+    Attributes:
+        status: HTTP status for the client.
+        message: what failed last.
+    """
+
+    status: int
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
 class Failed:
     """Another prefill instance may do better.
 
     Attributes:
-        busy: the answer of an instance that has too much to do, for the client if all have.
+        answer: what it answered, for the client if nobody does better; None: nothing.
     """
 
-    busy: Answer | None = None
+    answer: Answer | None = None
+
+    @property
+    def busy(self) -> Answer | None:
+        """The answer of an instance that has too much to do."""
+        return self.answer if self.answer is not None and self.answer.status == 429 else None
 
 
 PrefillResult: TypeAlias = Prefilled | NotPrefilled | Refused | Failed
@@ -100,9 +118,11 @@ class PrefillLegs:
                 _warn(call, instance, describe(exc))
                 use.failed(exc)
                 span.fail(exc)
+                call.attempts.note_error(exc, Role.PREFILL)
                 return Failed()
             answer.close()  # it is complete
             span.answered(answer.status)
+            call.attempts.note_status(answer.status)
             if answer.status == 200:
                 use.succeeded()
         return self._judge(call, instance, answer)
@@ -112,7 +132,7 @@ class PrefillLegs:
             # Health is left to the probes: one request that makes the engine
             # answer 500 must not take every prefill instance out of use.
             _warn(call, instance, f"status {answer.status}")
-            return Failed(answer if answer.status == 429 else None)
+            return Failed(answer)
         if answer.status in _INVALID_REQUEST:
             return NotPrefilled("invalid_request")
         if answer.status != 200:
@@ -143,8 +163,10 @@ def is_as_expected(prefilled: Prefilled, params: Mapping[str, Any]) -> bool:
     if found.get("transfer_id") != params["transfer_id"]:
         return False  # of another attempt
     if found.get("remote_engine_id") != params["remote_engine_id"]:
-        # It restarted, or has several engines behind one address: then any may be the next.
-        prefilled.instance.several_engines = True
+        # It restarted, or has several engines behind one address: then any may be the next. Unless
+        # it is known by now that it restarted.
+        if found.get("remote_engine_id") != prefilled.instance.engine_id:
+            prefilled.instance.several_engines = True
         return False
     return True
 

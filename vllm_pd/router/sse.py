@@ -31,6 +31,9 @@ _END = re.compile(rb"^(?:data: ?\[DONE\]|event: ?response\.completed)\r?$", re.M
 _SIGNS = (b"[DONE]", b"response.completed", _ABORT_SIGN, *usage.SIGNS)
 """One of them is in every event that is of interest."""
 
+# What vLLM sends of a response before its engine has done anything.
+_PRELUDE = re.compile(rb"^event: ?response\.(?:created|queued|in_progress)\r?$", re.MULTILINE)
+
 _BLANK_LINE = re.compile(rb"\n\r?\n")
 _BLANK_LINES = (b"\n\n", b"\n\r\n")
 _LINE_ENDS = re.compile(rb"[\r\n]*")
@@ -45,6 +48,22 @@ def is_aborted(data: bytes) -> bool:
     Not for responses: they repeat JSON of the client's, which may hold anything.
     """
     return _ABORT_SIGN in data and _ABORT.search(data) is not None
+
+
+def is_prelude(data: bytes) -> bool:
+    """Return whether a stream of a response has not got beyond the events before its output.
+
+    It may have, if they are longer than ``MAX_EVENT_LEN``: they repeat the client's request, and
+    no more of that is held back.
+    """
+    if len(data) > MAX_EVENT_LEN:
+        return False
+    start = 0
+    for blank in _BLANK_LINE.finditer(data):
+        if _PRELUDE.search(data, start, blank.end()) is None:
+            return False
+        start = blank.end()
+    return True
 
 
 class SseReader:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import ssl
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Self
@@ -29,6 +29,11 @@ class ConnectTimeoutError(TimeoutError):
 def is_idle_timeout(exc: BaseException) -> bool:
     """Return whether an instance was connected but did not answer in time."""
     return isinstance(exc, TimeoutError) and not isinstance(exc, ConnectTimeoutError)
+
+
+def has_reached(exc: BaseException) -> bool:
+    """Return whether a request may have been at the instance when it failed."""
+    return isinstance(exc, BrokenAnswerError) or is_idle_timeout(exc)
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +90,27 @@ class Answer:
             self.close()
             raise BrokenAnswerError("the stream ended before its first byte")
         return self
+
+    async def pass_over(self, is_prelude: Callable[[bytes], bool]) -> None:
+        """Add to the first bytes of a stream, until they are more than a prelude.
+
+        Args:
+            is_prelude: whether whoever fails after these bytes could still be replaced.
+
+        Raises:
+            BrokenAnswerError: the instance broke off.
+            TimeoutError: it was silent for too long.
+        """
+        while self.streamed and is_prelude(self.first):
+            try:
+                more = await self.more()
+            except BaseException:
+                self.close()
+                raise
+            if not more:
+                self.close()
+                raise BrokenAnswerError("the stream ended before its output")
+            self.first += more
 
     async def more(self) -> bytes:
         """Return the next bytes of a stream as they come; ``b""`` at its end.
@@ -239,8 +265,22 @@ class Upstream:
                 # taken from the pool. That says nothing about the instance: once more.
                 if connection.touched:
                     raise
-        connection = await self._pool.connect(origin)
+            connection = await self._connect_again(origin)
+        else:
+            connection = await self._pool.connect(origin)
         return await self._ask(origin, connection, head, body, limit)
+
+    async def _connect_again(self, origin: Origin) -> Connection:
+        """Open a connection after another one broke with the request on it.
+
+        Raises:
+            BrokenAnswerError: nobody is there any more. It may have been the request that
+                brought the instance down, so this is not the same as never having had it.
+        """
+        try:
+            return await self._pool.connect(origin)
+        except OSError as exc:
+            raise BrokenAnswerError(f"connection closed before the answer, then: {exc}") from exc
 
     async def _ask(
         self,

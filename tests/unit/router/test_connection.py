@@ -274,6 +274,25 @@ async def test_a_whole_body_is_not_held_back() -> None:
     assert await reading == body + b"end"
 
 
+async def test_a_whole_body_at_the_limit_is_read() -> None:
+    connection, _ = ask()
+    connection.data_received(answer(b"four"))
+    await connection.head()
+
+    assert await connection.read_all(max_len=4) == b"four"
+
+
+@pytest.mark.parametrize("whole", [answer(b"fives"), STREAM_HEAD + chunk(b"fives")])
+async def test_a_whole_body_beyond_the_limit_is_broken(whole: bytes) -> None:
+    connection, transport = ask()
+    connection.data_received(whole)
+    await connection.head()
+
+    with pytest.raises(BrokenAnswerError, match="more than 4 bytes"):
+        await connection.read_all(max_len=4)
+    assert transport.is_aborted
+
+
 async def test_a_stream_that_is_given_up_while_held_back_costs_the_connection() -> None:
     connection, transport = ask()
     connection.data_received(STREAM_HEAD + chunk(b"x" * (HIGH_WATER_LEN + 1)) + b"0\r\n\r\n")

@@ -3,24 +3,49 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from aiohttp import web
+from aiohttp import ClientError, web
 
 from tests.unit.protocol.test_messages import FINGERPRINT
 from tests.unit.router.conftest import StartInstance, StartRouter
-from tests.unit.router.fakes import Client, FakeInstance, answers, completes, drops, hangs
+from tests.unit.router.fakes import (
+    Client,
+    FakeInstance,
+    Streams,
+    answers,
+    completes,
+    drops,
+    hangs,
+)
 from vllm_pd.config import ConnectorConfig, Role, RoleLabel
 from vllm_pd.router.early import Early
-from vllm_pd.router.prefill import Prefilled
+from vllm_pd.router.forecast import PrefillForecast
+from vllm_pd.router.instance import Instance
+from vllm_pd.router.instances import InstancePool
+from vllm_pd.router.prefill import Prefilled, is_as_expected
 from vllm_pd.router.resources import POOL
+from vllm_pd.router.sink import Sink
 from vllm_pd.session.instance import InstanceEndpoint
 
 COMPLETIONS = "/v1/completions"
 BODY = {"model": "m", "prompt": "hi", "max_tokens": 8}
 ENGINE = "p0"
+
+
+class Foretold(PrefillForecast):
+    """Tells a pause that does not depend on a prompt or on what prefills took."""
+
+    def __init__(self, pause_s: float, then: Callable[[], None] = lambda: None) -> None:
+        super().__init__()
+        self._pause_s = pause_s
+        self._then = then
+
+    def pause_s(self, num_tokens: int, lead_s: float) -> float | None:
+        self._then()
+        return self._pause_s
 
 
 class Producer:
@@ -82,6 +107,12 @@ async def known(router: Client, *instances: FakeInstance) -> Client:
         instance.received.clear()
         instance.started.clear()
     return router
+
+
+def the(router: Client, fake: FakeInstance) -> Instance:
+    """Return an instance as the router knows it."""
+    (instance,) = (one for one in router.app[POOL] if one.base_url == fake.url)
+    return instance
 
 
 def params_of(instance: FakeInstance) -> list[Any]:
@@ -154,12 +185,8 @@ async def test_it_is_not_sent_long_before_its_prefill_is_expected_to_end(
 async def test_it_is_sent_once_its_prefill_is_expected_to_end_soon(
     start_router: StartRouter, producer: Producer, prefill: FakeInstance, decode: FakeInstance
 ) -> None:
-    router = await start_router([prefill], [decode], early_decode_s=59.9)
-    await known(router, prefill, decode)
-    for instance in router.app[POOL]:
-        for num_tokens in (1, 2, 4, 8):
-            for _ in range(99):
-                instance.forecast.note(num_tokens, num_tokens * 60 / 0.9)
+    router = await known(await start_router([prefill], [decode]), prefill, decode)
+    the(router, prefill).forecast = Foretold(0.001)
     producer.go_on.clear()
     asked = asyncio.create_task(post(router))
     await decode.started.wait()
@@ -169,16 +196,98 @@ async def test_it_is_sent_once_its_prefill_is_expected_to_end_soon(
     assert params["remote_num_tokens"] is None
 
 
-async def test_an_instance_that_is_drained_meanwhile_gets_no_leg() -> None:
+def _drain(pool: InstancePool, instance: Instance) -> None:
+    pool.drain(instance)
+
+
+def _trip(pool: InstancePool, instance: Instance) -> None:
+    pool.doubt(instance.base_url, tripped=True)
+
+
+def _relabel(pool: InstancePool, instance: Instance) -> None:
+    pool.relabel(instance, RoleLabel.PREFILL)
+
+
+@pytest.mark.parametrize("change", [_drain, _trip, _relabel])
+async def test_what_may_not_decode_any_more_when_the_leg_is_due_does_not_get_it(
+    start_router: StartRouter,
+    start_instance: StartInstance,
+    producer: Producer,
+    prefill: FakeInstance,
+    decode: FakeInstance,
+    change: Callable[[InstancePool, Instance], None],
+) -> None:
+    other = await start_instance(completes)
+    router = await known(await start_router([prefill], [decode, other]), prefill, decode, other)
+    pool, chosen = router.app[POOL], the(router, decode)
+    the(router, prefill).forecast = Foretold(0.001, lambda: change(pool, chosen))
+    producer.go_on.clear()
+    asked = asyncio.create_task(post(router))
+    await prefill.started.wait()
+    await asyncio.sleep(0.01)  # timers are in order: the leg's is over now
+    producer.go_on.set()
+
+    assert await asked == (200, "disaggregated")
+    assert decode.received == []
+    (params,) = params_of(other)
+    assert params["remote_num_tokens"] == 2
+
+
+async def test_an_early_leg_that_is_not_to_be_sent_has_no_answer() -> None:
     early = Early()
     sent = asyncio.Event()
 
     def refuse() -> None:
         sent.set()
 
-    early.start({}, 0.001, refuse)
+    early.start("http://d", {}, 0.001, refuse)
     await sent.wait()
     assert await early.take(Prefilled.__new__(Prefilled)) is None
+
+
+async def test_an_early_leg_that_breaks_counts_as_an_attempt(
+    start_router: StartRouter,
+    start_instance: StartInstance,
+    producer: Producer,
+    prefill: FakeInstance,
+) -> None:
+    decode = [await start_instance(completes) for _ in range(4)]
+    router = await start_router([prefill], decode, early_decode_s=60)
+    await known(router, prefill, *decode)
+    for one in decode:
+        one.behave = drops
+    producer.go_on.clear()
+    asked = asyncio.create_task(post(router))
+    first = the(router, decode[0])
+    while not (first.num_failed and first.healthy):  # noqa: ASYNC110 - no event for it
+        await asyncio.sleep(0.001)  # as it would be asked again, were it not for its failure
+    producer.go_on.set()
+    assert (await asked)[0] == 502
+    # The first one twice: the connection was an old one, which says nothing when it breaks.
+    assert [bool(one.received) for one in decode] == [True, True, True, False]
+
+
+async def test_an_early_leg_that_breaks_and_two_prefills_leave_nothing_to_be_tried(
+    start_router: StartRouter,
+    start_instance: StartInstance,
+    producer: Producer,
+    prefill: FakeInstance,
+    decode: FakeInstance,
+) -> None:
+    bad, *others = [await start_instance(drops) for _ in range(3)]
+    router = await start_router([prefill, bad, others[0]], [decode, others[1]], early_decode_s=60)
+    await known(router, prefill, decode)
+    decode.behave = drops
+    producer.go_on.clear()
+    producer.status = 500
+    asked = asyncio.create_task(post(router))
+    await decode.ended.wait()
+    while not the(router, decode).num_failed:  # noqa: ASYNC110 - no event for it
+        await asyncio.sleep(0.001)
+    producer.go_on.set()
+    assert (await asked)[0] == 502
+    assert len(bad.received) == 1
+    assert [len(one.received) for one in others] == [0, 0]
 
 
 @pytest.mark.parametrize("num_decode", [1, 2])
@@ -265,7 +374,7 @@ async def test_a_slow_prefill_does_not_speak_against_the_decode_instance(
     prefill: FakeInstance,
 ) -> None:
     decode = await start_instance(waits_if_early)
-    router = await start_router([prefill], [decode], decode_idle_timeout_s=0.05, breaker_failures=1)
+    router = await start_router([prefill], [decode], decode_idle_timeout_s=0.5, breaker_failures=1)
     await known(router, prefill, decode)
     producer.go_on.clear()
     asked = asyncio.create_task(post(router))
@@ -367,6 +476,42 @@ async def test_a_prefill_whose_client_left_is_released(
     assert await released(endpoint) == [params["transfer_id"]]
 
 
+async def test_a_prefill_whose_client_is_lost_at_a_write_is_released(
+    start_router: StartRouter,
+    prefill: FakeInstance,
+    decode: FakeInstance,
+    endpoint: InstanceEndpoint,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    router = await start_router([prefill], [decode], early_decode_s=0)
+    await known(router, prefill, decode)
+    decode.behave = Streams([b"data: 1\n\n"], wait=True)
+
+    async def lost(_sink: Sink, _data: bytes) -> None:
+        raise ConnectionResetError
+
+    monkeypatch.setattr(Sink, "write", lost)
+    with pytest.raises(ClientError):
+        async with router.post(COMPLETIONS, json=BODY) as response:
+            await response.read()
+    assert await released(endpoint) == [params_of(decode)[0]["transfer_id"]]
+
+
+@pytest.mark.parametrize("status", [500, 503, 429])
+async def test_a_prefill_that_failed_is_released(
+    start_router: StartRouter,
+    producer: Producer,
+    prefill: FakeInstance,
+    decode: FakeInstance,
+    endpoint: InstanceEndpoint,
+    status: int,
+) -> None:
+    router = await known(await start_router([prefill], [decode]), prefill, decode)
+    producer.status = status
+    await post(router)
+    assert await released(endpoint) == [params_of(prefill)[0]["transfer_id"]]
+
+
 @pytest.mark.parametrize("behave", [drops, answers(400)])
 async def test_a_prefill_that_no_decode_instance_takes_is_released(
     start_router: StartRouter,
@@ -380,3 +525,18 @@ async def test_a_prefill_that_no_decode_instance_takes_is_released(
     decode.behave = behave
     await post(router)
     assert await released(endpoint) == [params_of(decode)[0]["transfer_id"]]
+
+
+async def is_healthy(_url: str) -> bool:
+    return True
+
+
+@pytest.mark.parametrize(("known_now", "has_several"), [("old", True), ("new", False)])
+def test_a_restart_that_is_known_by_now_is_not_taken_for_several_engines(
+    known_now: str, *, has_several: bool
+) -> None:
+    (instance,) = InstancePool(["http://p"], [], probe=is_healthy, health_interval_s=3600.0)
+    instance.engine_id = known_now
+    prefilled = Prefilled(instance, {"transfer_id": "t", "remote_engine_id": "new"}, {})
+    assert not is_as_expected(prefilled, {"transfer_id": "t", "remote_engine_id": "old"})
+    assert instance.several_engines is has_several

@@ -313,3 +313,29 @@ async def test_it_is_remembered_how_a_request_broke() -> None:
         use.failed(ConnectionResetError("gone"))
     assert (instance.num_failed, instance.failed_at) == (1, 7.0)
     assert instance.last_failure == "ConnectionResetError: gone"
+
+
+def test_a_request_that_breaks_on_an_instance_tells_the_other_processes() -> None:
+    pool, told = unwatched(), list[str]()
+    pool.subscribe_doubts(lambda url, _tripped: told.append(url))
+    instance = the(pool, D1)
+    instance.probes.note_probe(healthy=True)
+
+    pool.mark_unhealthy(instance, OSError())
+
+    assert told == [D1]
+
+
+@pytest.mark.parametrize("is_replaced", [True, False])
+def test_a_request_that_breaks_on_a_removed_instance_tells_nobody(is_replaced: bool) -> None:
+    pool, told = unwatched(), list[str]()
+    pool.subscribe_doubts(lambda url, _tripped: told.append(url))
+    instance = the(pool, D1)
+    instance.probes.note_probe(healthy=True)
+    pool.remove(instance)
+    if is_replaced:
+        pool.add(InstanceSpec(url=D1, role=RoleLabel.DECODE))
+
+    pool.mark_unhealthy(instance, OSError(), tripped=True)
+
+    assert told == []

@@ -13,6 +13,7 @@ from aiohttp import web
 from tests.unit.router.conftest import StartInstance, StartRouter
 from tests.unit.router.fakes import (
     KV_PARAMS,
+    Behaviour,
     Client,
     FakeInstance,
     answers,
@@ -21,11 +22,17 @@ from tests.unit.router.fakes import (
     hangs,
     prefills,
 )
+from vllm_pd.router.resources import POOL
 
 COMPLETIONS = "/v1/completions"
 CHAT = "/v1/chat/completions"
 BODY = {"model": "m", "prompt": "hi", "max_tokens": 8}
 PD_PATH = "X-VLLM-PD-Path"
+METRICS = (
+    'vllm:num_requests_running{engine="0"} 0\n'
+    'vllm:num_requests_waiting{engine="0"} 0\n'
+    'vllm:kv_cache_usage_perc{engine="0"} 0\n'
+)
 
 
 @pytest.mark.parametrize("path", [COMPLETIONS, CHAT])
@@ -262,9 +269,12 @@ async def test_another_prefill_instance_takes_over(
 
 @pytest.mark.parametrize("behave", [drops, answers(500), answers(503)])
 async def test_the_decode_instance_prefills_when_no_prefill_instance_is_left(
-    start_router: StartRouter, start_instance: StartInstance, decode: FakeInstance, behave: object
+    start_router: StartRouter,
+    start_instance: StartInstance,
+    decode: FakeInstance,
+    behave: Behaviour,
 ) -> None:
-    prefills_ = [await start_instance(behave) for _ in range(2)]  # type: ignore[arg-type]
+    prefills_ = [await start_instance(behave) for _ in range(2)]
     router = await start_router(prefills_, [decode])
 
     async with router.post(COMPLETIONS, json=BODY) as response:
@@ -273,6 +283,112 @@ async def test_the_decode_instance_prefills_when_no_prefill_instance_is_left(
 
     assert [len(one.received) for one in prefills_] == [1, 1]
     assert decode.received[0].json == BODY
+
+
+@pytest.mark.parametrize(
+    ("behave", "status"), [(drops, 502), (answers(500), 500), (answers(501), 501), (hangs, 504)]
+)
+async def test_a_request_that_breaks_three_prefill_instances_gets_no_fourth_instance(
+    start_router: StartRouter, start_instance: StartInstance, behave: Behaviour, status: int
+) -> None:
+    prefills_ = [await start_instance(behave) for _ in range(4)]
+    decodes = [await start_instance(drops) for _ in range(3)]
+    router = await start_router(prefills_, decodes, prefill_timeout_s=0.5)
+
+    async with router.post(COMPLETIONS, json=BODY) as response:
+        assert response.status == status
+
+    assert [len(one.received) for one in prefills_] == [1, 1, 1, 0]
+    assert [len(one.received) for one in decodes] == [0, 0, 0]
+
+
+async def test_a_request_that_breaks_three_decode_instances_gets_no_fourth_one(
+    start_router: StartRouter, start_instance: StartInstance, prefill: FakeInstance
+) -> None:
+    decodes = [await start_instance(drops) for _ in range(4)]
+    router = await start_router([prefill], decodes)
+
+    async with router.post(COMPLETIONS, json=BODY) as response:
+        assert response.status == 502
+        assert "decode instance failed" in (await response.json())["error"]["message"]
+
+    assert [len(one.received) for one in decodes] == [1, 1, 1, 0]
+
+
+@pytest.mark.parametrize(
+    ("at_prefill", "at_decode", "status"),
+    [(drops, drops, 502), (answers(500), answers(500), 500), (answers(500), drops, 502)],
+)
+@pytest.mark.parametrize("num_good", [0, 1])
+async def test_what_breaks_instances_of_both_roles_gets_no_fourth_one(
+    start_router: StartRouter,
+    start_instance: StartInstance,
+    at_prefill: Behaviour,
+    at_decode: Behaviour,
+    status: int,
+    num_good: int,
+) -> None:
+    bad = await start_instance(at_prefill)
+    good = [await start_instance(prefills) for _ in range(num_good)]
+    decodes = [await start_instance(at_decode) for _ in range(4)]
+    router = await start_router([bad, *good], decodes)
+
+    async with router.post(COMPLETIONS, json=BODY) as response:
+        assert response.status == status
+
+    assert len(bad.received) == 1
+    assert [len(one.received) for one in decodes] == [1, 1, 0, 0]
+
+
+async def test_instances_that_cannot_be_reached_are_all_tried(
+    start_router: StartRouter,
+    start_instance: StartInstance,
+    prefill: FakeInstance,
+    decode: FakeInstance,
+) -> None:
+    gone = [await start_instance(prefills) for _ in range(6)]
+    for one in gone:
+        one.metrics = METRICS
+    router = await start_router([*gone[:3], prefill], [*gone[3:], decode])
+    urls = {one.url for one in gone}
+    looked_at = [one for one in router.app[POOL] if one.base_url in urls]
+    while not all(one.ledger.scrape for one in looked_at):  # noqa: ASYNC110 - no event for it
+        await asyncio.sleep(0.001)  # to be looked at while it closes would leak a socket
+    for one in gone:
+        await one.stop()
+
+    async with router.post(COMPLETIONS, json=BODY) as response:
+        assert response.status == 200
+        assert response.headers[PD_PATH] == "disaggregated"
+
+
+@pytest.mark.parametrize("status", [429, 503])
+async def test_prefill_instances_that_are_busy_are_all_tried(
+    start_router: StartRouter,
+    start_instance: StartInstance,
+    prefill: FakeInstance,
+    decode: FakeInstance,
+    status: int,
+) -> None:
+    busy = [await start_instance(answers(status)) for _ in range(3)]
+    router = await start_router([*busy, prefill], [decode])
+
+    async with router.post(COMPLETIONS, json=BODY) as response:
+        assert response.status == 200
+        assert response.headers[PD_PATH] == "disaggregated"
+
+
+async def test_decode_instances_that_are_busy_are_all_tried(
+    start_router: StartRouter,
+    start_instance: StartInstance,
+    prefill: FakeInstance,
+    decode: FakeInstance,
+) -> None:
+    busy = [await start_instance(answers(503)) for _ in range(3)]
+    router = await start_router([prefill], [*busy, decode])
+
+    async with router.post(COMPLETIONS, json=BODY) as response:
+        assert response.status == 200
 
 
 async def test_a_killed_prefill_instance_is_skipped_by_later_requests(

@@ -10,10 +10,12 @@ from aiohttp import ClientError, web
 from tests.unit.router.conftest import StartInstance, StartRouter
 from tests.unit.router.fakes import FakeInstance, Streams, answers, completes
 from vllm_pd.router.resources import POOL
-from vllm_pd.router.sse import SseReader
+from vllm_pd.router.sse import MAX_EVENT_LEN, SseReader
 
 DONE = b"data: [DONE]\n\n"
 CHAT = "/v1/chat/completions"
+RESPONSES = "/v1/responses"
+RESPONSE_BODY = {"model": "m", "input": "hi", "stream": True}
 BODY = {"messages": [{"role": "user", "content": "hi"}], "stream": True}
 
 
@@ -45,6 +47,65 @@ async def test_the_first_event_does_not_wait_for_the_next(
         assert await response.content.readany() == b"data: 1\n\n"
         streams.go_on.set()
         assert await response.content.read() == b"data: half an event\n\n" + DONE
+
+
+def event(name: str) -> bytes:
+    return f'event: {name}\ndata: {{"type":"{name}"}}\n\n'.encode()
+
+
+PRELUDE = [event("response.created"), event("response.in_progress")]
+OUTPUT = [event("response.output_text.delta"), event("response.completed")]
+
+
+async def test_another_instance_answers_if_one_dies_before_the_output_of_a_response(
+    start_router: StartRouter, start_instance: StartInstance, prefill: FakeInstance
+) -> None:
+    bad = await start_instance(Streams(PRELUDE, die=True))
+    good = await start_instance(Streams([*PRELUDE, *OUTPUT]))
+    router = await start_router([prefill], [bad, good])
+
+    async with router.post(RESPONSES, json=RESPONSE_BODY) as response:
+        assert await response.read() == b"".join([*PRELUDE, *OUTPUT])
+    assert len(bad.received) == len(good.received) == 1
+
+
+async def test_a_response_without_an_output_is_broken(
+    start_router: StartRouter, start_instance: StartInstance, prefill: FakeInstance
+) -> None:
+    decode = await start_instance(Streams(PRELUDE))
+    router = await start_router([prefill], [decode])
+
+    async with router.post(RESPONSES, json=RESPONSE_BODY) as response:
+        assert response.status == 502
+
+
+async def test_a_response_that_dies_after_its_first_output_is_not_repeated(
+    start_router: StartRouter, start_instance: StartInstance, prefill: FakeInstance
+) -> None:
+    bad = await start_instance(Streams([*PRELUDE, OUTPUT[0]], die=True))
+    other = await start_instance(Streams([*PRELUDE, *OUTPUT]))
+    router = await start_router([prefill], [bad, other])
+
+    async with router.post(RESPONSES, json=RESPONSE_BODY) as response:
+        text = await response.read()
+    assert text.startswith(b"".join([*PRELUDE, OUTPUT[0]]))
+    assert text.count(event("response.created")) == 1
+    assert b'"code":502' in text.replace(b" ", b"")
+    assert other.received == []
+
+
+async def test_a_prelude_of_a_response_that_is_too_long_to_be_held_passes(
+    start_router: StartRouter, start_instance: StartInstance, prefill: FakeInstance
+) -> None:
+    long = b"event: response.created\ndata: " + b"x" * MAX_EVENT_LEN + b"\n\n"
+    streams = Streams([long], wait=True, more=OUTPUT)
+    decode = await start_instance(streams)
+    router = await start_router([prefill], [decode])
+
+    async with router.post(RESPONSES, json=RESPONSE_BODY) as response:
+        await response.content.readexactly(MAX_EVENT_LEN)
+        streams.go_on.set()
+        assert (await response.content.read()).endswith(b"".join(OUTPUT))
 
 
 async def test_a_client_that_takes_nothing_is_given_up(

@@ -3,10 +3,11 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_pd.router.sse import SseReader, is_aborted
+from vllm_pd.router.sse import MAX_EVENT_LEN, SseReader, is_aborted, is_prelude
 
 TOKEN = b'data: {"choices":[{"index":0,"text":"na\xc3\xafve","finish_reason":null}]}\n\n'
 USAGE = b'data: {"choices":[],"usage":{"prompt_tokens_details":{"cached_tokens":9}}}\n\n'
@@ -73,6 +74,33 @@ def test_a_stream_of_responses_ends_with_its_last_event() -> None:
     event = b'event: response.completed\ndata: {"type":"response.completed"}\n\n'
 
     assert read([event]) == (event, True, False)
+
+
+def _event(name: str, end: bytes = b"\n\n") -> bytes:
+    return f'event: {name}\ndata: {{"type":"{name}"}}'.encode() + end
+
+
+PRELUDE = _event("response.created") + _event("response.queued") + _event("response.in_progress")
+
+
+@pytest.mark.parametrize("end", [b"\n\n", b"\r\n\r\n"])
+def test_what_comes_before_the_output_of_a_response_is_its_prelude(end: bytes) -> None:
+    prelude = PRELUDE.replace(b"\n", b"\r\n") if b"\r" in end else PRELUDE
+    output = _event("response.output_item.added")
+    for length in range(len(prelude) + len(output)):
+        assert is_prelude((prelude + output)[:length])
+    assert not is_prelude(prelude + output)
+    assert not is_prelude(prelude + output + PRELUDE)
+
+
+@pytest.mark.parametrize("event", ["response.completed", "response.created.not", "error"])
+def test_other_events_are_no_prelude(event: str) -> None:
+    assert not is_prelude(_event(event))
+
+
+def test_a_prelude_is_not_held_back_without_a_bound() -> None:
+    assert is_prelude(b"x" * MAX_EVENT_LEN)
+    assert not is_prelude(b"x" * (MAX_EVENT_LEN + 1))
 
 
 def test_responses_in_progress_have_not_ended() -> None:

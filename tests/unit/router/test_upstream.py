@@ -10,7 +10,7 @@ import pytest
 
 from vllm_pd.config import RouterConfig
 from vllm_pd.router.connection import BrokenAnswerError
-from vllm_pd.router.upstream import ConnectTimeoutError, Upstream, is_idle_timeout
+from vllm_pd.router.upstream import ConnectTimeoutError, Upstream, has_reached, is_idle_timeout
 
 OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}"
 STREAM = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
@@ -100,6 +100,29 @@ async def test_a_connection_that_was_closed_meanwhile_is_no_failure(upstream: Up
         await post(upstream, instance)  # its connection is closed in answer to the next
 
         assert await post(upstream, instance) == b"{}"
+
+
+async def test_an_instance_that_is_gone_once_it_has_the_request_was_reached(
+    upstream: Upstream,
+) -> None:
+    instance = ScriptedInstance([[OK]])
+    async with running(instance):
+        await post(upstream, instance)  # its connection is closed in answer to the next
+
+    with pytest.raises(BrokenAnswerError) as caught:  # not that nobody listens there
+        await post(upstream, instance)
+    assert has_reached(caught.value)
+    assert len(instance.heads) == 2
+
+
+async def test_an_instance_that_cannot_be_connected_to_was_not_reached(upstream: Upstream) -> None:
+    instance = ScriptedInstance([])
+    async with running(instance):
+        pass
+
+    with pytest.raises(ConnectionRefusedError) as caught:
+        await post(upstream, instance)
+    assert not has_reached(caught.value)
 
 
 async def test_a_request_is_repeated_only_once(upstream: Upstream) -> None:
