@@ -22,7 +22,7 @@ _MAGIC = 0xF0F0F0F0
 _NOT_SET = 0xFFFFFFFF
 _EXEC_TIMEOUT_NOT_SET = -1
 _CAN_SET_EXEC_TIMEOUT = 8
-"""``HCCL_COMM_CONFIG_EXEC_TIMEOUT`` in ``HcclCommConfigCapability``."""
+"""``HCCL_COMM_CONFIG_EXEC_TIMEOUT`` of ``HcclCommConfigCapability``, in ``hccl_types.h``."""
 
 
 class Result(enum.IntEnum):
@@ -108,6 +108,8 @@ MINIMAL_VERSION = 1
 
 def expansion_mode_of(soc: str) -> int:
     """Return where a chip's Send and Recv are unfolded, as ``hcclOpExpansionMode`` has it.
+
+    1 is the host, 2 the AI CPU, 3 AIV: a comment in ``hccl_types.h`` of torch_npu 2.13.
 
     Without it HCCL_OP_EXPANSION_MODE holds, which users set to AIV for the model. That is
     nothing to Send and Recv, which go by the host on A2 and by the AI CPU on A3 then, but

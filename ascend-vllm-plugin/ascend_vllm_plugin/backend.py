@@ -73,7 +73,18 @@ class EngineDevice(DeviceInterface, Protocol):
         """Its number in this container, whatever it is called in this process."""
 
     def make_stream(self) -> Any:
-        """Return an ``EngineStream``."""
+        """Return an ``EngineStream`` that nobody else has from here.
+
+        Raises:
+            RuntimeError: there is none any more.
+        """
+
+    def take_back(self, stream: Any) -> None:
+        """Take such a stream for the next one who asks: it has nothing to do, and is well."""
+
+    @property
+    def has_streams(self) -> bool:
+        """Whether ``make_stream`` has one; any thread may ask."""
 
 
 class Communicator(ABC):

@@ -4,13 +4,68 @@ from __future__ import annotations
 
 import ctypes
 import os
-import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Generic, Protocol, TypeVar
 
 from vllm_pd.transport.device import Mark, TorchDevice
 
-_POOL_LEN = 32
+POOL_LEN = 32
+"""Streams that torch_npu has for a device and hands out; seen with torch_npu 2.13."""
+
+MAX_STREAMS = 24
+"""Of them, those that a worker's communicators may have. An assumption: no more than eight are
+the model's, drawn before; a pool that goes round hands those out again."""
+
+
+class _Numbered(Protocol):
+    @property
+    def number(self) -> int:
+        """Equal for equal streams of one device."""
+
+
+_Stream = TypeVar("_Stream", bound=_Numbered)
+
+
+class StreamPool(Generic[_Stream]):
+    """Streams that communicators use one after the other. For the engine's thread.
+
+    torch_npu hands out its streams in turn for ever, also those that the model computes
+    on. What is aborted must not be one of these: so a stream that ended well is used
+    again, and one that did not is never given back.
+
+    Args:
+        draw: asks torch_npu for one.
+    """
+
+    def __init__(self, draw: Callable[[], _Stream]) -> None:
+        self._draw = draw
+        self._drawn: set[int] = set()  # for good
+        self._free: list[_Stream] = []
+
+    @property
+    def has_more(self) -> bool:
+        """Whether ``take`` has one; any thread may ask."""
+        return bool(self._free) or len(self._drawn) < MAX_STREAMS
+
+    def take(self) -> _Stream:
+        """Return a stream that nobody else has from here.
+
+        Raises:
+            RuntimeError: there is none any more.
+        """
+        if self._free:
+            return self._free.pop()
+        if self.has_more:
+            for _ in range(POOL_LEN):
+                stream = self._draw()
+                if stream.number not in self._drawn:
+                    self._drawn.add(stream.number)
+                    return stream
+        raise RuntimeError(f"{len(self._drawn)} streams are in use or did not end well")
+
+    def put(self, stream: _Stream) -> None:
+        """Take back a stream that has nothing to do and has not failed."""
+        self._free.append(stream)
 
 
 class NpuDevice(TorchDevice):
@@ -29,7 +84,7 @@ class NpuDevice(TorchDevice):
 
         super().__init__("npu", index)
         self._npu: Any = torch.get_device_module("npu")
-        self._streams: weakref.WeakSet[NpuStream] = weakref.WeakSet()
+        self._streams = StreamPool(self._draw_stream)
         self.index = index
 
     @property
@@ -43,18 +98,17 @@ class NpuDevice(TorchDevice):
         return host_index_of(self.index, os.environ.get("ASCEND_RT_VISIBLE_DEVICES"))
 
     def make_stream(self) -> NpuStream:  # type: ignore[override]
-        """Return a stream that no other user of this method has, while there are some.
+        """See ``EngineDevice``."""
+        return self._streams.take()
 
-        torch_npu has a pool of 32 for each device, and hands them out in turn for ever.
-        """
-        used = {stream.number for stream in self._streams}
-        stream = self._draw_stream()
-        for _ in range(_POOL_LEN - 1):
-            if stream.number not in used:
-                break
-            stream = self._draw_stream()
-        self._streams.add(stream)
-        return stream
+    def take_back(self, stream: NpuStream) -> None:
+        """See ``EngineDevice``."""
+        self._streams.put(stream)
+
+    @property
+    def has_streams(self) -> bool:
+        """See ``EngineDevice``."""
+        return self._streams.has_more
 
     def _draw_stream(self) -> NpuStream:
         return NpuStream(self._npu, self._npu.Stream(device=self.index))
@@ -111,8 +165,9 @@ class NpuStream:
     def abort(self) -> None:
         """See ``EngineStream``.
 
-        ``aclrtStreamAbort`` drops what has not begun and stops what has (``acl_rt.h`` of
-        torch-npu 2.13: "abort unexecuted tasks and pause executing tasks on the stream").
+        ``aclrtStreamAbort`` drops what has not begun and stops what has (``acl/acl_rt.h`` among
+        the headers of torch-npu 2.13: "abort unexecuted tasks and pause executing tasks on the
+        stream"). That CANN 9.1 has it, and does so, is an assumption.
         """
         acl = ctypes.CDLL("libascendcl.so")
         if not hasattr(acl, "aclrtStreamAbort"):

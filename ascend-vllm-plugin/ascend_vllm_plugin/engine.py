@@ -82,6 +82,9 @@ class Job(ABC):
             RuntimeError: this cannot be made sure.
         """
 
+    def spoil(self) -> None:  # noqa: B027 - most jobs have no stream to lose
+        """Take note that its work failed on the device: its stream is not to be used again."""
+
     def check(self, elapsed_s: float) -> None:  # noqa: B027 - most jobs need no check
         """Look whether the work that is over did what it should.
 
@@ -260,6 +263,7 @@ class Engine:
                 flight.job.check(now - flight.issued)
             except (RuntimeError, HcclError) as exc:
                 error = error or one_line(exc)
+                flight.job.spoil()
             flight.job.unseen_s = now - max(before, flight.issued)
             self._done.append((flight.job, error))
         self._write_off()

@@ -29,7 +29,7 @@ BLOCK_SIZE = 128
 
 ALIGNMENT = 2 * 1024 * 1024
 
-_FRACTAL_NZ = 29  # aclFormat
+_FRACTAL_NZ = 29  # ACL_FORMAT_FRACTAL_NZ in acl/acl_base_rt.h, of torch-npu 2.13's headers
 
 
 def check_kv_caches(

@@ -43,11 +43,13 @@ class Channel:
         communicator: with the peer.
         stream: of its operations and of what belongs to them.
         is_lost: an operation did not end; neither is used or freed again.
+        is_spoilt: an operation failed on the device; the stream is not used again.
     """
 
     communicator: Communicator
     stream: EngineStream
     is_lost: bool = False
+    is_spoilt: bool = False
 
     def give_up(self) -> None:
         """Abort what the stream has to do.
@@ -99,16 +101,17 @@ class ConnectJob(Job):
         self._tools = tools
         self._sends = sends
         self._stream: EngineStream | None = None
+        self._is_lost = False
         self.channel: Channel | None = None
         self.blocked_s = 0.0
 
     def issue(self) -> EngineEvent | None:  # noqa: D102
-        if self._stream is None:
-            self._stream = self._tools.device.make_stream()
-            self._stream.wait(self._tools.after)  # torch may have given us memory that was in use
-        stream = self._stream
+        stream: EngineStream = self._tools.device.make_stream()
+        self._stream = stream
+        stream.wait(self._tools.after)  # torch may have given us memory that was in use
         _ = stream.handle  # from here to the end nothing of torch's may be waiting
         if not self._meeting.attend(MEETING_WINDOW_S):
+            self._return_stream()  # the job may be withdrawn before it is tried again
             raise NotYetError
         started = time.monotonic()
         try:
@@ -117,13 +120,32 @@ class ConnectJob(Job):
             self.blocked_s = time.monotonic() - started
         return stream.record()
 
+    def settle_event(self) -> EngineEvent | None:  # noqa: D102
+        return None if self._stream is None else self._stream.record()
+
+    def spoil(self) -> None:  # noqa: D102
+        if self.channel is not None:
+            self.channel.is_spoilt = True
+
+    def check(self, elapsed_s: float) -> None:  # noqa: ARG002, D102
+        if self.channel is None:  # it has failed, and its stream has not
+            self._return_stream()
+
     @property
     def is_lost(self) -> bool:  # noqa: D102
-        return self.channel is not None and self.channel.is_lost
+        return self._is_lost if self.channel is None else self.channel.is_lost
 
     def give_up(self) -> None:  # noqa: D102
-        assert self.channel is not None  # it has issued something
-        self.channel.give_up()
+        if self.channel is not None:
+            self.channel.give_up()
+            return
+        assert self._stream is not None  # it has issued something
+        self._stream.abort()
+        self._is_lost = True
+
+    def _return_stream(self) -> None:
+        self._tools.device.take_back(self._stream)
+        self._stream = None
 
     def _connect(self, stream: EngineStream) -> Channel:
         is_leader = self._meeting.is_leader
@@ -135,20 +157,21 @@ class ConnectJob(Job):
         try:
             move = communicator.send if self._sends else communicator.recv
             move(self._tools.warm, stream)
-        except HcclError:
+        except Exception:  # torch-npu raises anything
             _destroy(communicator, stream)
             raise
         return Channel(communicator, stream)
 
 
 class EndJob(Job):
-    """Destroy a communicator after what it is used for."""
+    """Destroy a communicator after what it is used for; its stream is free then, if it is well."""
 
     must_run = True
 
-    def __init__(self, channel: Channel) -> None:
+    def __init__(self, channel: Channel, device: EngineDevice) -> None:
         super().__init__(lambda _: None)
         self._channel = channel
+        self._device = device
         self._event: EngineEvent | None = None
 
     def give_up(self) -> None:  # noqa: D102
@@ -157,24 +180,40 @@ class EndJob(Job):
     def issue(self) -> EngineEvent | None:  # noqa: D102
         if self._channel.is_lost:
             return None  # it may be busy for ever: its memory is lost until the process ends
+        is_well = self._has_ended_well()
+        is_well &= _destroy(self._channel.communicator, self._channel.stream)
+        if is_well and not self._channel.is_spoilt:
+            self._device.take_back(self._channel.stream)
+        return None
+
+    def _has_ended_well(self) -> bool:
+        """Return whether the stream can be used again, once nothing is under way on it.
+
+        Raises:
+            NotYetError: something is.
+        """
         try:
             if self._event is None:
                 self._event = self._channel.stream.record()
             if not self._event.is_over:
                 raise NotYetError
-        except RuntimeError as exc:  # the stream failed: nothing runs on it any more
+            self._event.synchronize()  # returns at once, or says that the stream failed
+        except RuntimeError as exc:  # nothing runs on it any more
             logger.debug("hccl: %s", exc)
-        _destroy(self._channel.communicator, self._channel.stream)
-        return None
+            return False
+        return True
 
 
-def _destroy(communicator: Communicator, stream: EngineStream) -> None:
-    """Destroy a communicator while torch issues nothing to the device."""
+def _destroy(communicator: Communicator, stream: EngineStream) -> bool:
+    """Destroy a communicator while torch issues nothing to the device; return whether torch can."""
+    is_well = True
     try:
         _ = stream.handle
     except RuntimeError as exc:  # what torch has queued will never be issued
         logger.debug("hccl: %s", exc)
+        is_well = False
     communicator.destroy()
+    return is_well
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,6 +259,9 @@ class _StreamJob(Job):
 
     def give_up(self) -> None:
         self._channel.give_up()
+
+    def spoil(self) -> None:
+        self._channel.is_spoilt = True
 
     def settle_event(self) -> EngineEvent | None:
         return None if self.is_lost else self._channel.stream.record()

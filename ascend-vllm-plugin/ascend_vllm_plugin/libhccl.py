@@ -41,7 +41,10 @@ _PROTOTYPES: dict[str, tuple[Any, ...]] = {
     "HcclRecv": _MOVE,
     "HcclCommDestroy": (_POINTER,),
     "HcclGetCommAsyncError": (_POINTER, _POINTER),
+    "HcclGetErrorString": (_INT,),
 }
+_RESULTS: dict[str, Any] = {"HcclGetErrorString": ctypes.c_char_p}
+"""Of functions that return something else than ``HcclResult``."""
 
 
 class HcclLibrary:
@@ -64,13 +67,11 @@ class HcclLibrary:
             ) from exc
         if missing := [name for name in _PROTOTYPES if not hasattr(self._lib, name)]:
             raise HcclError(
-                f"{path} has no {', '.join(missing)}: CANN is too old, use 8.0 or newer"
+                f"{path} has no {', '.join(missing)}: CANN is too old, use the image, CANN 9.1"
             )
         for name, arguments in _PROTOTYPES.items():
             function = getattr(self._lib, name)
-            function.argtypes, function.restype = arguments, _INT
-        self._lib.HcclGetErrorString.argtypes = [_INT]
-        self._lib.HcclGetErrorString.restype = ctypes.c_char_p
+            function.argtypes, function.restype = arguments, _RESULTS.get(name, _INT)
 
     @property
     def capability(self) -> int:

@@ -191,12 +191,15 @@ class Pairs:
         if pair.job is None or self._local.engine.withdraw(pair.job):
             self._take(self._turns.end(pair.name))
         if pair.channel is not None:
-            self._local.engine.put(EndJob(pair.channel))
+            self._put_end(pair.channel)
 
     def close(self) -> None:
         """Let no engine wait for a meeting any more."""
         for pair in self._pairs.values():
             pair.meeting.close()
+
+    def _put_end(self, channel: Channel) -> None:
+        self._local.engine.put(EndJob(channel, self._local.tools.device))
 
     def _take(self, actions: list[Action]) -> None:
         for action in actions:
@@ -229,7 +232,7 @@ class Pairs:
         pair.blocked_s = job.blocked_s
         self._take(self._turns.end(pair.name))
         if job.channel is not None and (error is not None or pair.is_over):
-            self._local.engine.put(EndJob(job.channel))
+            self._put_end(job.channel)
         if error is not None:
             self._on_failed(pair, error, pair.meeting.is_settled)
         elif not pair.is_over:

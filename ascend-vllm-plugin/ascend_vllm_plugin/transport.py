@@ -65,6 +65,7 @@ MAX_PAIRS = 16
 """Communicators of a worker at the same time: each takes twice its buffer of device memory."""
 
 _WARM_LEN = 512
+_NUM_SAID = 1024  # workers of whom it is known that it was said; a restarted one is another
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 _Key = tuple[str, Direction]
@@ -106,12 +107,13 @@ class HcclTransport(HostTransport):
         self._worker = secrets.token_hex(8)
         self._address: Address | None = None
         self._engine: Engine | None = None
+        self._device: EngineDevice | None = None
         self._peers: dict[str, Address] = {}
         self._pairs_by_key: dict[_Key, Pair] = {}
         self._outbox: deque[tuple[Pair, AnyFrame]] = deque()
         self._verdicts = Verdicts()
         self._refusal = ""
-        self._said: set[str] = set()
+        self._said: dict[str, None] = {}  # workers, those of long ago first
 
     # Preparation
 
@@ -159,6 +161,7 @@ class HcclTransport(HostTransport):
             settings=backend.settings,
             chunk_len=CHUNK_LEN,
         )
+        self._device = device
         self._engine = engine  # last: from here on pump works
 
     @property
@@ -237,7 +240,9 @@ class HcclTransport(HostTransport):
     # Links and pairs
 
     def _handle_link_up(self, peer_id: str) -> None:
-        if reason := self._why_no_more():
+        # A new link may be seen before the end of the old one, whose pair makes room for it.
+        is_new = (peer_id, Direction.SENDING) not in self._pairs_by_key
+        if is_new and (reason := self._why_no_more()):
             declined = encode(Declined(reason=reason))
             self._links.send(peer_id, Direction.SENDING, declined)
         else:
@@ -256,6 +261,8 @@ class HcclTransport(HostTransport):
             return "operations that never ended hold all buffers of a worker: restart that instance"
         if len(self._pairs_by_key) >= MAX_PAIRS:
             return f"a worker has {MAX_PAIRS} communicators already, which is all it may have"
+        if self._device is not None and not self._device.has_streams:
+            return "too many streams of a worker have failed: restart that instance"
         return ""
 
     def _give_pair_up(self, pair: Pair, reason: str, has_begun: bool) -> None:  # noqa: FBT001
@@ -288,7 +295,9 @@ class HcclTransport(HostTransport):
     def _refuse(self, worker: str, reason: str) -> None:
         self._refusal = reason
         if worker not in self._said:
-            self._said.add(worker)
+            self._said[worker] = None
+            if len(self._said) > _NUM_SAID:
+                del self._said[next(iter(self._said))]
             logger.warning("hccl is not used with worker %s: %s", worker, reason)
 
     def _forget(self, peer_id: str, direction: Direction) -> None:

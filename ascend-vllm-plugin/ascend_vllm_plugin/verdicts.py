@@ -54,5 +54,7 @@ class Verdicts:
             self._suspects.add(peer.place)
             is_stall = False
         key, pause_s = (peer.place, STALL_RETRY_S) if is_stall else (peer.worker, RETRY_S)
-        self._until[key] = self._clock() + pause_s
+        now = self._clock()
+        self._until = {k: until for k, until in self._until.items() if until > now}
+        self._until[key] = now + pause_s
         return is_stall

@@ -11,7 +11,10 @@ import ctypes
 import json
 import subprocess
 import sys
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vllm_pd.session.fetches import FetchRequest
 
 REQUEST = "decode-t"
 
@@ -60,6 +63,18 @@ class Peer:
         while not (line := stdout.readline()).startswith(">"):
             assert line, "the peer has ended"
         return json.loads(line[1:])
+
+
+def request_of(
+    peer: Peer, transfer_id: str, *, block_ids: tuple[int, ...] = (6, 5)
+) -> FetchRequest:
+    """Return what a consumer here asks for, of that engine."""
+    from vllm_pd.session.fetches import FetchRequest
+
+    request_id = f"decode-{transfer_id}"
+    return FetchRequest(
+        request_id, transfer_id, peer.engine_id, "127.0.0.1", peer.port, 0, block_ids
+    )
 
 
 def main(engine_id: str, device: str, transfer_timeout_s: str) -> None:

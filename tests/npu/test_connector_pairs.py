@@ -20,6 +20,7 @@ from tests.npu.engines import (
     replace_blocks,
     transports_used,
 )
+from tests.npu.peer import Peer, request_of
 from vllm_pd.session.producer import Grant
 
 MLA = Model(1, (16, 8))  # latent and positional part: blocks of different lengths
@@ -147,14 +148,22 @@ def test_transfers_are_issued_one_by_one_with_the_operations_of_the_model(
     assert producer.num_exchanges > 0
 
 
-def test_graph_is_captured_undisturbed_while_nothing_is_fetched(make: Make) -> None:
+def test_graph_is_captured_undisturbed_while_a_peer_sends_what_was_asked_for(make: Make) -> None:
     """Other threads' work on a device that captures is refused, and ends the capture."""
-    producer = make("p", (0,), GQA, config=AUTO)
-    consumer = make("d", (1,), GQA, first=10**6, config=AUTO)
+    consumer = make("d", (1,), GQA, config=CONFIG)
     memory = torch.zeros(1024, dtype=torch.uint8, device="npu:1")
-    torch.npu.set_device(1)  # type: ignore[attr-defined]
-    for _ in range(20):
-        with torch.npu.graph(torch.npu.NPUGraph()):  # type: ignore[attr-defined]
-            memory.fill_(1)
-    fetch_everywhere(producer, consumer)
+    with Peer("p", 2) as peer:
+        peer.ask("grant", "a", [1, 2])
+        consumer.workers[0].start([request_of(peer, "a")], [], [])
+        assert consumer.finished(0) == (set(), {"decode-a"})
+        consumer.is_held.set()  # in vLLM it is the engine's thread that captures
+        peer.ask("grant", "b", [3, 4])
+        consumer.workers[0].start([request_of(peer, "b")], [], [])
+        torch.npu.set_device(1)  # type: ignore[attr-defined]
+        for _ in range(20):
+            with torch.npu.graph(torch.npu.NPUGraph()):  # type: ignore[attr-defined]
+                memory.fill_(1)
+        consumer.is_held.clear()
+        assert consumer.finished(0) == (set(), {"decode-b"})
+        assert consumer.workers[0].take_invalid_block_ids() == set()  # digests are compared
     assert transports_used(consumer) == {"hccl"}

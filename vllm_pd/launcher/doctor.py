@@ -7,6 +7,7 @@ any, or where they are asked for.
 from __future__ import annotations
 
 import ctypes
+import ctypes.util
 import enum
 import importlib.metadata
 import re
@@ -20,7 +21,7 @@ from vllm_pd.config import DEFAULT_DECODE_PORT, DEFAULT_PREFILL_PORT, DEFAULT_RO
 from vllm_pd.errors import ConfigError
 from vllm_pd.launcher.devices import Machine, find_machine
 from vllm_pd.launcher.network import used_ports
-from vllm_pd.launcher.npu_env import port_ranges
+from vllm_pd.launcher.npu_env import port_ranges, unset_port_ranges
 from vllm_pd.launcher.npu_smi import complaints
 from vllm_pd.launcher.port_claims import claimed_ports
 
@@ -32,6 +33,9 @@ TOOLKIT = Path("/usr/local/Ascend/ascend-toolkit/latest")
 _MIN_SHARED_GIB = 1.0
 _OLDEST_CLOCK_S = 1_767_225_600  # 2026-01-01: before it, no release of this project existed
 _STA_UNSYNC = 0x0040
+_OLDEST_CANN = (9, 1)  # of the vllm-ascend 0.23.0 image
+_CONNECT_TIMEOUT_S, _CONNECT_GRACE_S = 120, 20  # of HCCL 9.1, ``HCCL_CONNECT_TIMEOUT.md``
+_STEP_TIMEOUT_S = 300  # VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS in ``vllm/envs.py`` of 0.23 and 0.32
 _WANTED = {
     "npu": ("vllm", "vllm-ascend", "torch", "torch-npu", "vllm-pd", "ascend-vllm-plugin"),
     "cuda": ("vllm", "torch", "vllm-pd"),
@@ -45,6 +49,13 @@ class Verdict(enum.Enum):
     OK = "ok"
     WARNING = "warning"
     PROBLEM = "problem"
+
+
+_TOGETHER = (
+    ("torch", "torch-npu", Verdict.PROBLEM),
+    ("vllm", "vllm-ascend", Verdict.WARNING),
+)
+"""What must have the same first two numbers, and how bad it is if not."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,11 +96,14 @@ def examine(device: str | None, environ: Mapping[str, str]) -> list[Check]:
             check_file("driver", DRIVER_VERSION, "mount it into the container, or install it"),
             check_hccn(HCCN_CONF, len(machine.pool)),
             check_cann(environ, TOOLKIT),
+            check_stall(environ),
         ]
     if "VLLM_PLUGINS" in environ:
         checks.append(check_plugins(machine.device, environ["VLLM_PLUGINS"]))
+    # As many as two instances want, of those that the user has not set.
+    num_ranges = 2 * len(unset_port_ranges(environ)) if machine.device == "npu" else 0
     checks += [
-        check_ports(used_ports() | claimed_ports(), with_hccl=machine.device == "npu"),
+        check_ports(used_ports() | claimed_ports(), num_ranges=num_ranges),
         check_shared_memory(shutil.disk_usage(SHARED_MEMORY).total / 2**30),
         check_clock(
             time.clock_gettime(time.CLOCK_REALTIME), is_synchronised=clock_is_synchronised()
@@ -122,7 +136,18 @@ def check_versions(device: str, version: Callable[[str], str | None]) -> Check:
     if missing:
         advice = f"{', '.join(missing)} not installed: use the image, or pd_example/setup_env.sh"
         return Check("versions", Verdict.PROBLEM, found or "nothing", advice)
+    if device == "npu":
+        for name, other, verdict in _TOGETHER:
+            if _minor(versions[name] or "") != _minor(versions[other] or ""):
+                advice = f"{other} is made for another {name}: use the image, or those that fit"
+                return Check("versions", verdict, found, advice)
     return Check("versions", Verdict.OK, found)
+
+
+def _minor(version: str) -> tuple[int, int] | None:
+    """Return the first two numbers of a version; None: it has not so many."""
+    found = re.match(r"(\d+)\.(\d+)", version)
+    return None if found is None else (int(found[1]), int(found[2]))
 
 
 def check_plugins(device: str, value: str) -> Check:
@@ -164,17 +189,67 @@ def check_hccn(path: Path, num_npus: int) -> Check:
     return Check("hccn.conf", Verdict.OK, f"{len(addresses)} addresses")
 
 
-def check_cann(environ: Mapping[str, str], toolkit: Path) -> Check:
-    """Look whether libhccl can be found, and tell the version of CANN."""
-    folders = [Path(p) for p in environ.get("LD_LIBRARY_PATH", "").split(":") if p]
-    named = environ.get("HCCL_SO_PATH")
-    candidates = [Path(named)] if named else [folder / "libhccl.so" for folder in folders]
-    for path in candidates:
-        if path.is_file():
-            version = cann_version(Path(environ.get("ASCEND_TOOLKIT_HOME") or toolkit))
-            return Check("CANN", Verdict.OK, f"{version or 'of unknown version'}, {path}")
-    advice = f"source {toolkit.parent}/set_env.sh, or set HCCL_SO_PATH"
-    return Check("CANN", Verdict.PROBLEM, "no libhccl.so", advice)
+def check_cann(
+    environ: Mapping[str, str],
+    toolkit: Path,
+    find_library: Callable[[str], str | None] = ctypes.util.find_library,
+) -> Check:
+    """Look whether libhccl can be found, and whether CANN is new enough.
+
+    Args:
+        environ: the user's environment.
+        toolkit: where CANN's toolkit is, unless ASCEND_TOOLKIT_HOME says otherwise.
+        find_library: asks the loader's own configuration for a library.
+    """
+    library = _find_libhccl(environ, find_library)
+    if library is None:
+        advice = f"source {toolkit.parent}/set_env.sh, or set HCCL_SO_PATH"
+        return Check("CANN", Verdict.PROBLEM, "no libhccl.so", advice)
+    version = cann_version(Path(environ.get("ASCEND_TOOLKIT_HOME") or toolkit))
+    oldest = ".".join(map(str, _OLDEST_CANN))
+    minor = _minor(version or "")
+    if minor is None:
+        advice = f"look whether it is {oldest} or newer, which is what this was written for"
+        found = f"{version or 'of unknown version'}, {library}"
+        return Check("CANN", Verdict.WARNING, found, advice)
+    found = f"{version}, {library}"
+    if minor < _OLDEST_CANN:
+        return Check("CANN", Verdict.PROBLEM, found, f"too old: use the image, or CANN {oldest}")
+    return Check("CANN", Verdict.OK, found)
+
+
+def _find_libhccl(
+    environ: Mapping[str, str], find_library: Callable[[str], str | None]
+) -> str | None:
+    """Return where libhccl is, as the loader would; None: it is not to be found."""
+    if named := environ.get("HCCL_SO_PATH"):
+        return named if Path(named).is_file() else None
+    for folder in environ.get("LD_LIBRARY_PATH", "").split(":"):
+        if folder and (path := Path(folder) / "libhccl.so").is_file():
+            return str(path)
+    return find_library("hccl")
+
+
+def check_stall(environ: Mapping[str, str]) -> Check:
+    """Look whether vLLM waits longer for a step than HCCL may hold it up.
+
+    Linking two NPUs that cannot be linked takes a step that long; an instance of several
+    ranks whose step takes longer than vLLM waits ends.
+    """
+    connect_s = _number(environ, "HCCL_CONNECT_TIMEOUT", _CONNECT_TIMEOUT_S) + _CONNECT_GRACE_S
+    step_s = _number(environ, "VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS", _STEP_TIMEOUT_S)
+    found = f"HCCL may hold a step up for {connect_s} s, vLLM waits for {step_s} s"
+    if connect_s >= step_s:
+        advice = f"set VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS to {2 * connect_s}"
+        advice += ", or HCCL_CONNECT_TIMEOUT lower"
+        return Check("step timeout", Verdict.WARNING, found, advice)
+    return Check("step timeout", Verdict.OK, found)
+
+
+def _number(environ: Mapping[str, str], name: str, default: int) -> int:
+    """Return a variable's value; what is no number is the library's own affair."""
+    text = environ.get(name, "")
+    return int(text) if text.isdecimal() else default
 
 
 def cann_version(toolkit: Path) -> str | None:
@@ -189,16 +264,16 @@ def cann_version(toolkit: Path) -> str | None:
     return None
 
 
-def check_ports(used: frozenset[int], *, with_hccl: bool) -> Check:
-    """Look whether the default ports are free."""
+def check_ports(used: frozenset[int], *, num_ranges: int = 0) -> Check:
+    """Look whether the default ports are free, and as many ranges for HCCL."""
     wanted = (DEFAULT_ROUTER_PORT, DEFAULT_PREFILL_PORT, DEFAULT_DECODE_PORT)
     if busy := [port for port in wanted if port in used]:
         advice = "stop what uses them, or set PORT, PREFILL_PORT and DECODE_PORT"
         return Check("ports", Verdict.WARNING, f"in use: {', '.join(map(str, busy))}", advice)
     found = ", ".join(map(str, wanted))
-    if with_hccl:
+    if num_ranges:
         try:
-            ranges = port_ranges(4, used)
+            ranges = port_ranges(num_ranges, used)
         except ConfigError as exc:
             return Check("ports", Verdict.PROBLEM, str(exc))
         found += f"; for HCCL {ranges[0].start} to {ranges[-1].stop - 1}"

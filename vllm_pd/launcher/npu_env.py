@@ -7,7 +7,7 @@ set are left alone.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from vllm_pd.errors import ConfigError
@@ -58,6 +58,11 @@ def exec_timeout_env(environ: Mapping[str, str], transfer_timeout_s: float) -> d
     return {"HCCL_EXEC_TIMEOUT": str(max(1, math.ceil(transfer_timeout_s)))}
 
 
+def unset_port_ranges(environ: Mapping[str, str]) -> list[str]:
+    """Return which of HCCL's two ranges of ports the user leaves to the launcher."""
+    return [name for name in PORT_RANGE_VARIABLES if name not in environ]
+
+
 def port_ranges(num_ranges: int, taken: Collection[int]) -> list[range]:
     """Return ranges that share no port with each other or with what is taken.
 
@@ -88,15 +93,14 @@ def _free_ranges(taken: Collection[int]) -> Iterator[range]:
 
 
 def npu_envs(
-    num_instances: int, network: Network | None, taken: Collection[int], environ: Mapping[str, str]
+    environs: Sequence[Mapping[str, str]], network: Network | None, taken: Collection[int]
 ) -> list[dict[str, str]]:
     """Return the variables of each instance.
 
     Args:
-        num_instances: how many there are.
+        environs: what the user sets for each, in the environment or in the topology file.
         network: how peers reach this host; None: HCCL finds out.
         taken: ports that are in use or promised to others.
-        environ: the user's environment.
 
     Raises:
         ConfigError: there are not enough ports.
@@ -107,10 +111,12 @@ def npu_envs(
         if network.interface:
             for name in ("HCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME", "TP_SOCKET_IFNAME"):
                 common[name] = network.interface
-    ranges = port_ranges(2 * num_instances, taken)
+    ranges = iter(port_ranges(sum(len(unset_port_ranges(its)) for its in environs), taken))
     envs = []
-    for host, npu in zip(ranges[::2], ranges[1::2], strict=True):
-        texts = [f"{ports.start}-{ports.stop - 1}" for ports in (host, npu)]
-        env = common | dict(zip(PORT_RANGE_VARIABLES, texts, strict=True))
-        envs.append({name: value for name, value in env.items() if name not in environ})
+    for environ in environs:
+        env = {name: value for name, value in common.items() if name not in environ}
+        for name in unset_port_ranges(environ):
+            ports = next(ranges)
+            env[name] = f"{ports.start}-{ports.stop - 1}"
+        envs.append(env)
     return envs

@@ -194,11 +194,12 @@ def _with_npu_env(
     if machine.npus and (found := complaints(machine.npus, wanted)):
         raise ConfigError("; ".join(found))
     taken = machine.used_ports | {topology.router.port, *(_port_of(spec) for spec in instances)}
-    envs = npu_envs(len(instances), machine.network, taken, environ)
+    environs = [{**environ, **spec.env} for spec in instances]
+    envs = npu_envs(environs, machine.network, taken)
     timeout_s = topology.connector.transfer_timeout_s
     return [
-        _with_default_env(spec, env | exec_timeout_env({**environ, **spec.env}, timeout_s))
-        for spec, env in zip(instances, envs, strict=True)
+        _with_default_env(spec, env | exec_timeout_env(its, timeout_s))
+        for spec, its, env in zip(instances, environs, envs, strict=True)
     ]
 
 

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ascend_vllm_plugin.backend import Backend, Communicator, HcclError
+from ascend_vllm_plugin.device import StreamPool
 from ascend_vllm_plugin.transport import HcclTransport
 
 from tests.stand_in_device import StandInDevice, StandInEvent, StandInStream, plain
@@ -35,6 +36,7 @@ class EngineStandInStream:
     def __init__(self, stream: StandInStream, device: StandInNpu) -> None:
         self._stream = stream
         self._device = device
+        self.number = next(_numbers)
 
     def submit(self, work: Callable[[], object]) -> None:
         self._device.is_drained = False
@@ -87,8 +89,21 @@ class StandInNpu(StandInDevice):
         self.can_abort = True
         self.is_drained = False
         self.in_call = threading.Lock()
+        self.num_drawn = 0
+        self._pool = StreamPool(self._draw)
 
     def make_stream(self) -> Any:
+        return self._pool.take()
+
+    def take_back(self, stream: EngineStandInStream) -> None:
+        self._pool.put(stream)
+
+    @property
+    def has_streams(self) -> bool:
+        return self._pool.has_more
+
+    def _draw(self) -> EngineStandInStream:
+        self.num_drawn += 1
         return EngineStandInStream(super().make_stream(), self)
 
     @contextmanager

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import cast
 
 import pytest
-from ascend_vllm_plugin.backend import Communicator, EngineEvent, EngineStream
+from ascend_vllm_plugin.backend import Communicator, EngineDevice, EngineEvent, EngineStream
 from ascend_vllm_plugin.engine import NotYetError
 from ascend_vllm_plugin.jobs import Channel, EndJob
 
@@ -37,27 +37,37 @@ class Recorder:
             raise RuntimeError(self._error)
         return 1
 
+    def synchronize(self) -> None:
+        self.calls.append("synchronize")
+
     def destroy(self) -> None:
         self.calls.append("destroy")
+
+    def take_back(self, _: object) -> None:
+        self.calls.append("take back")
 
     def channel(self) -> Channel:
         return Channel(cast(Communicator, self), cast(EngineStream, self))
 
 
+def end_job(recorder: Recorder) -> EndJob:
+    return EndJob(recorder.channel(), cast(EngineDevice, recorder))
+
+
 def test_queue_is_drained_between_the_last_event_and_the_end_of_a_communicator() -> None:
     recorder = Recorder()
-    EndJob(recorder.channel()).issue()
-    assert recorder.calls == ["record", "drain", "destroy"]
+    end_job(recorder).issue()
+    assert recorder.calls == ["record", "synchronize", "drain", "destroy", "take back"]
 
 
-def test_communicator_of_a_stream_that_failed_is_destroyed_nevertheless() -> None:
+def test_communicator_of_a_stream_that_failed_is_destroyed_and_the_stream_not_used_again() -> None:
     recorder = Recorder(error="the device failed")
-    EndJob(recorder.channel()).issue()
+    end_job(recorder).issue()
     assert recorder.calls[-1] == "destroy"
 
 
 def test_communicator_in_use_is_not_destroyed() -> None:
     recorder = Recorder(is_over=False)
     with pytest.raises(NotYetError):
-        EndJob(recorder.channel()).issue()
+        end_job(recorder).issue()
     assert recorder.calls == ["record"]

@@ -265,6 +265,15 @@ def test_consumer_has_no_more_communicators_than_it_may(
     assert "1 communicators already" in consumer.transport.mode[1]
 
 
+def test_worker_whose_streams_have_failed_asks_for_a_restart(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    producer, consumer = make("p0"), make("decode")
+    monkeypatch.setattr("ascend_vllm_plugin.device.MAX_STREAMS", 0)
+    assert not consumer.transport.can_reach(producer.transport.local_endpoint())
+    assert "streams of a worker have failed: restart" in consumer.transport.mode[1]
+
+
 def test_producer_with_all_communicators_declines_a_consumer_that_then_goes_another_way(
     make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -280,3 +289,21 @@ def test_producer_with_all_communicators_declines_a_consumer_that_then_goes_anot
     assert "1 communicators already" in str(seen[late.name][0].error)
     assert not late.transport.can_reach(producer.transport.local_endpoint())
     fetch(producer, consumer, transfer_id=2)
+
+
+def test_link_that_is_seen_before_the_end_of_the_one_it_replaces_needs_no_further_room(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ascend_vllm_plugin.transport.MAX_PAIRS", 1)
+    producer, consumer = make("p0"), make("decode")
+    introduce(producer, consumer)
+    fetch(producer, consumer)
+    consumer.transport.remove_peer(SESSION)
+    consumer.transport.add_peer(SESSION, producer.transport.local_endpoint())
+    consumer.transport.recv_blocks(SESSION, 2, [1])
+    for workers in ((consumer,), (producer, consumer)):  # so the producer finds both in one poll
+        for _ in range(20):
+            drive(*workers, until=lambda: True)
+    producer.transport.send_blocks(SESSION, 2, [0])
+    (outcome,) = outcomes_of(producer, consumer)[consumer.name]
+    assert outcome.error is None

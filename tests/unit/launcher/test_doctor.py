@@ -18,6 +18,7 @@ from vllm_pd.launcher.doctor import (
     check_plugins,
     check_ports,
     check_shared_memory,
+    check_stall,
     check_versions,
     examine,
     exit_code,
@@ -73,6 +74,37 @@ def test_what_is_not_installed_is_named(missing: str, verdict: Verdict, advice: 
 
 
 @pytest.mark.parametrize(
+    ("name", "version", "verdict"),
+    [
+        ("torch-npu", "2.9.0.post1", Verdict.PROBLEM),
+        ("vllm-ascend", "0.22.1", Verdict.WARNING),
+        ("vllm-ascend", "0.23.1rc1", Verdict.OK),
+    ],
+)
+def test_what_is_made_for_another_version_is_named(
+    name: str, version: str, verdict: Verdict
+) -> None:
+    check = check_versions("npu", (IMAGE | {name: version}).get)
+    assert (check.verdict, name in check.advice) == (verdict, verdict is not Verdict.OK)
+
+
+@pytest.mark.parametrize(
+    ("environ", "verdict"),
+    [
+        ({}, Verdict.OK),
+        ({"HCCL_CONNECT_TIMEOUT": "279"}, Verdict.OK),
+        ({"HCCL_CONNECT_TIMEOUT": "280"}, Verdict.WARNING),
+        ({"VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS": "140"}, Verdict.WARNING),
+        ({"HCCL_CONNECT_TIMEOUT": "soon"}, Verdict.OK),
+    ],
+)
+def test_step_that_hccl_may_hold_up_longer_than_vllm_waits_is_a_warning(
+    environ: dict[str, str], verdict: Verdict
+) -> None:
+    assert check_stall(environ).verdict is verdict
+
+
+@pytest.mark.parametrize(
     ("device", "value", "advice"),
     [
         ("cpu", "", "add vllm_pd "),
@@ -125,45 +157,66 @@ def test_hccn_conf_that_is_missing_matters_between_hosts_only(tmp_path: Path) ->
     assert check_hccn(tmp_path / "hccn.conf", 8).verdict is Verdict.WARNING
 
 
+def find_nothing(_: str) -> str | None:
+    return None
+
+
 def test_libhccl_is_found_where_the_loader_looks(tmp_path: Path) -> None:
     (tmp_path / "libhccl.so").touch()
-    check = check_cann({"LD_LIBRARY_PATH": f"/nowhere:{tmp_path}"}, Path("/opt/latest"))
-    assert check.verdict is Verdict.OK
+    environ = {"LD_LIBRARY_PATH": f"/nowhere:{tmp_path}"}
+    check = check_cann(environ, Path("/opt/latest"), find_nothing)
+    assert f"{tmp_path}/libhccl.so" in check.found
+
+
+def test_libhccl_that_only_the_loader_knows_is_found() -> None:
+    check = check_cann({}, Path("/opt/latest"), {"hccl": "libhccl.so"}.get)
+    assert check.found == "of unknown version, libhccl.so"
 
 
 @pytest.mark.parametrize(
-    ("text", "found"),
+    ("text", "found", "verdict"),
     [
-        ("package_name=Ascend-cann-toolkit\nversion=9.1.0\narch=aarch64\n", "9.1.0, "),
-        ("package_name=Ascend-cann-toolkit\n", "of unknown version, "),
+        ("name=Ascend-cann-toolkit\nversion=9.1.0\narch=aarch64\n", "9.1.0", Verdict.OK),
+        ("version=10.0.0\n", "10.0.0", Verdict.OK),
+        ("version=8.0.RC2\n", "8.0.RC2", Verdict.PROBLEM),
+        ("version=unreleased\n", "unreleased", Verdict.WARNING),
+        ("name=Ascend-cann-toolkit\n", "of unknown version", Verdict.WARNING),
     ],
 )
-def test_version_of_cann_is_told(tmp_path: Path, text: str, found: str) -> None:
+def test_version_of_cann_is_told_and_judged(
+    tmp_path: Path, text: str, found: str, verdict: Verdict
+) -> None:
     (tmp_path / "libhccl.so").touch()
     (tmp_path / "aarch64-linux").mkdir()
     (tmp_path / "aarch64-linux" / "ascend_toolkit_install.info").write_text(text)
     environ = {"LD_LIBRARY_PATH": str(tmp_path), "ASCEND_TOOLKIT_HOME": str(tmp_path)}
     check = check_cann(environ, Path("/opt/latest"))
-    assert check.found == f"{found}{tmp_path}/libhccl.so"
+    assert (check.found, check.verdict) == (f"{found}, {tmp_path}/libhccl.so", verdict)
 
 
-def test_libhccl_that_is_missing_is_a_problem_with_a_command() -> None:
-    check = check_cann({"HCCL_SO_PATH": "/nowhere/libhccl.so"}, Path("/opt/latest"))
+@pytest.mark.parametrize("environ", [{}, {"HCCL_SO_PATH": "/nowhere/libhccl.so"}])
+def test_libhccl_that_is_missing_is_a_problem_with_a_command(environ: dict[str, str]) -> None:
+    check = check_cann(environ, Path("/opt/latest"), find_nothing)
     assert (check.verdict, "source /opt/set_env.sh" in check.advice) == (Verdict.PROBLEM, True)
 
 
 def test_free_ports_are_told() -> None:
-    check = check_ports(frozenset(), with_hccl=True)
+    check = check_ports(frozenset(), num_ranges=4)
     assert check.found == "free: 8000, 8100, 8200; for HCCL 61000 to 61255"
 
 
 def test_used_port_is_named() -> None:
-    assert check_ports(frozenset({8100}), with_hccl=False).found == "in use: 8100"
+    assert check_ports(frozenset({8100})).found == "in use: 8100"
 
 
 def test_ports_of_hccl_that_are_all_in_use_are_a_problem() -> None:
-    check = check_ports(frozenset(range(61000, 65536, 10)), with_hccl=True)
+    check = check_ports(frozenset(range(61000, 65536, 10)), num_ranges=4)
     assert check.verdict is Verdict.PROBLEM
+
+
+def test_ports_of_hccl_do_not_matter_where_the_user_sets_them() -> None:
+    check = check_ports(frozenset(range(61000, 65536, 10)), num_ranges=0)
+    assert check.verdict is Verdict.OK
 
 
 def test_small_shared_memory_is_a_problem() -> None:

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from vllm_pd.errors import ConfigError
 from vllm_pd.launcher.npu_env import (
     FIRST_PORT,
+    PORT_RANGE_VARIABLES,
     RANGE_LEN,
     Network,
     exec_timeout_env,
@@ -40,7 +41,7 @@ def test_exhausted_range_is_one_line() -> None:
 
 
 def test_each_instance_has_its_own_ports() -> None:
-    first, second = npu_envs(2, None, (), {})
+    first, second = npu_envs([{}, {}], None, ())
     names = ("HCCL_HOST_SOCKET_PORT_RANGE", "HCCL_NPU_SOCKET_PORT_RANGE")
     assert [env[name] for env in (first, second) for name in names] == [
         "61000-61063",
@@ -50,14 +51,24 @@ def test_each_instance_has_its_own_ports() -> None:
     ]
 
 
+def test_ranges_that_the_user_sets_are_not_looked_for() -> None:
+    taken = range(FIRST_PORT + RANGE_LEN, 65536)  # one is left
+    theirs = dict.fromkeys(PORT_RANGE_VARIABLES, "50000-50063")
+    half = {"HCCL_HOST_SOCKET_PORT_RANGE": "50000-50063"}
+    first, second = npu_envs([theirs, half], None, taken)
+    assert not set(first) & set(PORT_RANGE_VARIABLES)
+    assert second["HCCL_NPU_SOCKET_PORT_RANGE"] == "61000-61063"
+    assert "HCCL_HOST_SOCKET_PORT_RANGE" not in second
+
+
 def test_instances_are_told_address_and_interface() -> None:
-    (env,) = npu_envs(1, Network("10.0.0.7", "enp1s0"), (), {})
+    (env,) = npu_envs([{}], Network("10.0.0.7", "enp1s0"), ())
     assert env["HCCL_IF_IP"] == "10.0.0.7"
     assert {env[f"{name}_SOCKET_IFNAME"] for name in ("HCCL", "GLOO", "TP")} == {"enp1s0"}
 
 
 def test_without_a_known_interface_none_is_named() -> None:
-    (env,) = npu_envs(1, Network("10.0.0.7"), (), {})
+    (env,) = npu_envs([{}], Network("10.0.0.7"), ())
     assert not [name for name in env if name.endswith("IFNAME")]
 
 
@@ -81,7 +92,7 @@ def test_execution_timeout_is_left_alone_where_it_does_not_matter_or_is_set(
 
 
 def test_what_the_user_sets_is_left_alone() -> None:
-    (env,) = npu_envs(1, None, (), {"HCCL_BUFFSIZE": "512", "TASK_QUEUE_ENABLE": "2"})
+    (env,) = npu_envs([{"HCCL_BUFFSIZE": "512", "TASK_QUEUE_ENABLE": "2"}], None, ())
     assert set(env) == {
         "PYTORCH_NPU_ALLOC_CONF",
         "HCCL_HOST_SOCKET_PORT_RANGE",

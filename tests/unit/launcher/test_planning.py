@@ -158,6 +158,13 @@ def test_npu_instances_have_ports_of_hccl_that_nobody_else_has() -> None:
     assert ranges == ["61011-61074", "61165-61228"]
 
 
+def test_npu_instances_with_ranges_of_the_users_need_no_free_ports() -> None:
+    machine = dataclasses.replace(NPU, used_ports=frozenset(range(61000, 65536)))
+    ours = {"HCCL_HOST_SOCKET_PORT_RANGE": "50000-50063", "HCCL_NPU_SOCKET_PORT_RANGE": "auto"}
+    plan = plan_of(Topology(env=ours), machine)
+    assert process(plan, "decode-0").env.items() >= ours.items()
+
+
 def test_npu_instances_of_several_hosts_use_the_address_that_peers_know() -> None:
     connector = ConnectorConfig(side_channel_host="10.0.0.7", cluster_key_file="/my.key")
     machine = dataclasses.replace(NPU, network=Network("10.0.0.7", "enp1s0"))
