@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from benchmarks.reporting import Row, number
 from benchmarks.serving.figures import Figures, make_rows
@@ -62,6 +62,23 @@ class Level:
 
 
 @dataclass(frozen=True, slots=True)
+class Sample:
+    """One run of a cell.
+
+    Attributes:
+        seed: of what was asked; each round has its own.
+        run: what came of it.
+        figures: what is reported of it.
+        stolen: part of the machine's CPU time that a hypervisor gave to others; None: not known.
+    """
+
+    seed: int
+    run: Run
+    figures: Figures
+    stolen: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Cell:
     """One deployment under one load.
 
@@ -69,15 +86,33 @@ class Cell:
         deployment: its name.
         workload: what was asked.
         level: how often.
-        runs: one for each seed.
-        figures: of each run.
+        samples: one for each seed, at least one.
     """
 
     deployment: str
     workload: str
     level: Level
-    runs: tuple[Run, ...]
-    figures: tuple[Figures, ...]
+    samples: tuple[Sample, ...]
+
+    @property
+    def runs(self) -> tuple[Run, ...]:
+        """What came of each run."""
+        return tuple(sample.run for sample in self.samples)
+
+    @property
+    def figures(self) -> tuple[Figures, ...]:
+        """What is reported of each run."""
+        return tuple(sample.figures for sample in self.samples)
+
+    @property
+    def stolen(self) -> float | None:
+        """Largest part of the CPU time that was stolen in a run; None: not known."""
+        return max((one.stolen for one in self.samples if one.stolen is not None), default=None)
+
+    @property
+    def is_interrupted(self) -> bool:
+        """Whether a run is not complete."""
+        return any(run.is_interrupted for run in self.runs)
 
     @property
     def labels(self) -> dict[str, str]:
@@ -176,8 +211,26 @@ class Duel:
         return text + "."
 
 
+def merge(cells: Iterable[Cell]) -> list[Cell]:
+    """Return one cell for each deployment under each load, with the runs of all rounds by seed.
+
+    A run that was interrupted is left out where there is a complete one.
+    """
+    found: dict[tuple[str, str, Level], list[Sample]] = {}
+    for cell in cells:
+        found.setdefault((cell.deployment, cell.workload, cell.level), []).extend(cell.samples)
+    merged = []
+    for key, samples in found.items():
+        complete = [sample for sample in samples if not sample.run.is_interrupted]
+        kept = sorted(complete or samples, key=lambda sample: sample.seed)
+        merged.append(Cell(*key, tuple(kept)))
+    return merged
+
+
 def duels(cells: Sequence[Cell], ours: str, theirs: str | None = None) -> list[Duel]:
     """Compare one deployment with others, wherever both were asked the same.
+
+    Only seeds are compared of which both have a complete run.
 
     Args:
         cells: what was measured.
@@ -189,8 +242,8 @@ def duels(cells: Sequence[Cell], ours: str, theirs: str | None = None) -> list[D
         for other in cells:
             is_same = (other.workload, other.level) == (cell.workload, cell.level)
             is_wanted = other is not cell and theirs in (None, other.deployment)
-            if is_same and is_wanted and _is_paired(cell, other):
-                found.append(Duel(cell, other, tuple(_findings(cell, other))))
+            if is_same and is_wanted and (pair := _paired(cell, other)) is not None:
+                found.append(Duel(*pair, tuple(_findings(*pair))))
     return found
 
 
@@ -208,9 +261,11 @@ def cell_rows(cells: Iterable[Cell]) -> list[Row]:
     """Return what was measured, with intervals over seeds and requests."""
     rows: list[Row] = []
     for cell in cells:
-        for seed, figures in enumerate(cell.figures, 1):
-            rows += make_rows(figures, **cell.labels, run=str(seed))
+        for sample in cell.samples:
+            rows += make_rows(sample.figures, **cell.labels, run=str(sample.seed))
         labels = {**cell.labels, "regime": cell.regime.value}
+        if cell.stolen is not None:
+            rows.append(Row(labels, "steal", cell.stolen, "share"))
         for metric in METRICS:
             runs = [metric_values(records, metric) for records in cell.records]
             (found,) = intervals(runs, (mean,))
@@ -253,9 +308,23 @@ def _yes_or_no(*, is_yes: bool) -> str:
     return "yes" if is_yes else "no"
 
 
-def _is_paired(one: Cell, other: Cell) -> bool:
-    """Return whether both were asked the same, which an interrupted run was not."""
-    return [len(run) for run in one.records] == [len(run) for run in other.records]
+def _paired(one: Cell, other: Cell) -> tuple[Cell, Cell] | None:
+    """Return both with the runs of which each has the same requests; None: there are none."""
+    others = {sample.seed: sample for sample in other.samples}
+    pairs = [
+        (sample, others[sample.seed])
+        for sample in one.samples
+        if sample.seed in others and _are_alike(sample.run, others[sample.seed].run)
+    ]
+    if not pairs:
+        return None
+    first, second = zip(*pairs, strict=True)
+    return replace(one, samples=first), replace(other, samples=second)
+
+
+def _are_alike(one: Run, other: Run) -> bool:
+    is_complete = not (one.is_interrupted or other.is_interrupted)
+    return is_complete and len(one.records) == len(other.records)
 
 
 def shown(finding: Finding) -> str:
@@ -264,6 +333,21 @@ def shown(finding: Finding) -> str:
     if finding.is_difference:
         return f"{_signed(100 * found.value)} points ({_range(found, 100)})"
     return f"{number(found.value)} x ({number(found.low)} to {number(found.high)})"
+
+
+def in_short(finding: Finding) -> str:
+    """Return what can be said, then the ratio, or of an SLO attainment the difference."""
+    value = finding.interval.value
+    text = f"{_signed(100 * value)} points" if finding.is_difference else f"{number(value)} x"
+    match finding.verdict:
+        case Verdict.OPEN:
+            return f"same? {text}"
+        case Verdict.FEW:
+            return f"{text}, too few"
+        case Verdict.WITHHELD:
+            return f"{text}, other requests failed"
+        case verdict:
+            return f"{verdict.value} {text}"
 
 
 def shown_difference(finding: Finding) -> str:

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from benchmarks.comparing.cells import Cell, Level
-from benchmarks.serving.figures import Figures, make_figures
+from benchmarks.comparing.cells import Cell, Level, Sample
+from benchmarks.serving.figures import make_figures
 from benchmarks.serving.load import Load, Run, run_loads
+from benchmarks.serving.machine import CpuTimes, read_cpu_times, stolen_between
 from benchmarks.serving.progress import Progress
 from benchmarks.serving.target import Marks, Target, read_marks, stages_between
 from vllm_pd.bench.slo import Objectives
@@ -31,6 +32,7 @@ class Effort:
         at_once: requests of a run in which all come at once.
         min_count: least requests of any other run.
         first_seed: of the first run; the others follow.
+        exactly: requests of every run instead; None: as many as said above.
     """
 
     seeds: int
@@ -38,9 +40,12 @@ class Effort:
     at_once: int
     min_count: int = 16
     first_seed: int = 1
+    exactly: int | None = None
 
     def count(self, level: Level) -> int:
         """Return the requests of a run."""
+        if self.exactly is not None:
+            return self.exactly
         if math.isinf(level.rate):
             return self.at_once
         return max(self.min_count, round(level.rate * self.duration_s))
@@ -57,6 +62,18 @@ class Subject:
 
     name: str
     target: Target
+
+
+@dataclass(frozen=True, slots=True)
+class _Mark:
+    """Counters between two runs: of the deployment, and of the machine."""
+
+    metrics: Marks
+    cpu: CpuTimes | None
+
+    @classmethod
+    def read(cls, base_url: str) -> _Mark:
+        return cls(read_marks(base_url), read_cpu_times())
 
 
 def measure_cells(
@@ -89,29 +106,30 @@ def measure_cells(
         (f"{title}, {level.name}, seed {seed}", load.count)
         for (level, seed), load in zip(asked, loads, strict=True)
     ]
-    marks: list[Marks] = []
+    marks: list[_Mark] = []
     runs = run_loads(
         loads,
         warm_up=WARM_UP,
         tell_progress=Progress(console, phases),
-        between=lambda: marks.append(read_marks(subject.target.base_url)),
+        between=lambda: marks.append(_Mark.read(subject.target.base_url)),
     )
-    measured: dict[Level, list[tuple[Run, Figures]]] = {}
-    for number, ((level, _), run) in enumerate(zip(asked, runs, strict=False)):
-        around = marks[number : number + 2]  # of an interrupted run there is none behind
-        stages = stages_between(*around) if len(around) == 2 else []
-        measured.setdefault(level, []).append((run, make_figures(run, objectives, stages)))
+    measured: dict[Level, list[Sample]] = {}
+    for number, ((level, seed), run) in enumerate(zip(asked, runs, strict=False)):
+        sample = _sample(seed, run, marks[number : number + 2], objectives)
+        measured.setdefault(level, []).append(sample)
     cells = [
-        Cell(
-            subject.name,
-            workload,
-            level,
-            tuple(run for run, _ in pairs),
-            tuple(found for _, found in pairs),
-        )
-        for level, pairs in measured.items()
+        Cell(subject.name, workload, level, tuple(samples)) for level, samples in measured.items()
     ]
     return cells, runs[-1].is_interrupted
+
+
+def _sample(seed: int, run: Run, around: Sequence[_Mark], objectives: Objectives | None) -> Sample:
+    if len(around) < 2:  # of an interrupted run there is no mark behind
+        return Sample(seed, run, make_figures(run, objectives))
+    before, after = around
+    stages = stages_between(before.metrics, after.metrics)
+    stolen = stolen_between(before.cpu, after.cpu)
+    return Sample(seed, run, make_figures(run, objectives, stages), stolen)
 
 
 def requests_of(

@@ -51,6 +51,12 @@ _MARKERS = {PD: "o", COLOCATED: "s", REPLICAS: "^", CHUNKED: "D", NIXL: "v", CON
 _WINDOW_S = 60.0
 """Seconds of a run that are drawn over time."""
 
+_MANY_POINTS = 2000
+"""Points from which a line is drawn as a picture."""
+
+_BAND = 0.12
+"""Height of what shows queues and prefills, as part of an axis."""
+
 _MANY_MARKS = 60.0
 """Ratio of the ends of a logarithmic axis from which only powers of ten are marked."""
 
@@ -100,7 +106,9 @@ def _distributions(cells: Sequence[Cell]) -> Figure:
             if values.size:
                 ranks = np.arange(values.size)
                 shares = 1 - ranks / values.size if axis is tail else (ranks + 1) / values.size
-                axis.step(values, shares, where="post", linewidth=1.6, **style)
+                # Thousands of points are smaller as a picture, also in an SVG.
+                is_long = values.size > _MANY_POINTS
+                axis.step(values, shares, where="post", linewidth=1.6, rasterized=is_long, **style)
     for axis, metric in ((ttft, "ttft"), (itl, "itl")):
         axis.set_ylim(0, 1.01)
         axis.set_xlabel(f"{METRICS[metric]}, ms")
@@ -115,12 +123,12 @@ def _distributions(cells: Sequence[Cell]) -> Figure:
     for axis in (ttft, itl, tail):
         axis.set_xscale("log")
         _plain_numbers(axis.xaxis, axis.get_xlim())
-    _finish(figure, f"{cells[0].workload}, {cells[0].level.name}")
+    _finish(figure, _titled(cells))
     return figure
 
 
 def _over_time(cells: Sequence[Cell]) -> Figure:
-    """Draw one run of each deployment: every gap, and when requests came."""
+    """Draw one run of each deployment: every gap, and how long requests waited before."""
     figure, axes = _figure(len(cells), 1, (9.5, 0.9 + 1.35 * len(cells)), sharex=True, sharey=True)
     floor = _floor(cells)
     for axis, cell in zip(axes, cells, strict=True):
@@ -128,6 +136,16 @@ def _over_time(cells: Sequence[Cell]) -> Figure:
         records = [r for r in cell.runs[0].records if begin <= r.intended_s <= begin + _WINDOW_S]
         for record in records:
             axis.axvline(record.intended_s - begin, color="0.8", linewidth=0.6, zorder=0)
+        waits = [(r.intended_s - begin, r.ttft_s) for r in records if r.is_ok]
+        axis.broken_barh(
+            waits,
+            (0, _BAND),
+            transform=axis.get_xaxis_transform(),
+            color=COLOURS[cell.deployment],
+            alpha=0.15,
+            linewidth=0,
+            zorder=0,
+        )
         answered = [record for record in records if record.is_ok and record.gaps_s]
         times = [record.first_s - begin + np.cumsum(record.gaps_s) for record in answered]
         gaps = [np.maximum(1e3 * np.asarray(record.gaps_s), floor) for record in answered]
@@ -146,10 +164,15 @@ def _over_time(cells: Sequence[Cell]) -> Figure:
         axis.set_ylabel("ITL, ms")
         axis.grid(visible=False, axis="x")
         axis.set_xlim(-0.5, _span_s(cells) + 0.5)
-    for axis in axes:  # once all of them have their common limits
+    low, high = axes[0].get_ylim()  # all of them have the same
+    axes[0].set_ylim(low / (high / low) ** (_BAND / (1 - _BAND)), high)  # the band is below
+    for axis in axes:
         _plain_numbers(axis.yaxis, axis.get_ylim())
-    axes[-1].set_xlabel("seconds; grey lines: requests come, with a prompt to prefill")
-    figure.suptitle(f"Every gap between tokens: {cells[0].workload}, {cells[0].level.name}")
+    axes[-1].set_xlabel(
+        "seconds; grey lines: requests come; band below: from then to the first token, queue and "
+        "prefill, darker where several wait"
+    )
+    figure.suptitle(f"Every gap between tokens: {_titled(cells)}")
     figure.tight_layout()
     return figure
 
@@ -181,15 +204,27 @@ def _curve(cells: Sequence[Cell]) -> Figure:
         axis.set_xlabel("answered requests per second")
         axis.set_ylabel(f"{METRICS[metric]} {name}, ms")
         _plain_numbers(axis.yaxis, axis.get_ylim())
-    _finish(figure, f"{cells[0].workload}; hollow marks: not known to be steady")
+    _finish(
+        figure, f"{cells[0].workload}; filled marks: steady; hollow marks: not known to be steady"
+    )
     return figure
+
+
+def _titled(cells: Sequence[Cell]) -> str:
+    """Return workload, load and what can be said of the runs."""
+    regimes = {cell.deployment: cell.regime.value for cell in cells}
+    if len(set(regimes.values())) == 1:
+        said = next(iter(regimes.values()))
+    else:
+        said = ", ".join(f"{name} {regime}" for name, regime in regimes.items())
+    return f"{cells[0].workload}, {cells[0].level.name} ({said})"
 
 
 def _figure(
     rows: int, columns: int, size: tuple[float, float], **options: Any
 ) -> tuple[Figure, list[Axes]]:
     # Not by pyplot, which keeps figures and picks a screen.
-    figure = Figure(figsize=size, dpi=150)
+    figure = Figure(figsize=size, dpi=120)
     axes = figure.subplots(rows, columns, squeeze=False, **options)
     return figure, [axis for row in axes for axis in row]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import math
 from collections import Counter
@@ -9,38 +10,52 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+from benchmarks.comparing.bar import Goal, bar_lines
 from benchmarks.comparing.cells import (
     Cell,
     Duel,
     cell_rows,
     duel_rows,
     duels,
+    in_short,
     shown,
     shown_difference,
 )
 from benchmarks.comparing.deployments import CONTROL, PD, REPLICAS, TITLES
 from benchmarks.comparing.plots import draw_all
-from benchmarks.reporting import Report, markdown_table, number, write
+from benchmarks.reporting import Report, Row, markdown_table, number, write
 from benchmarks.serving.figures import LATE_MS
-from vllm_pd.bench.records import METRICS, pooled
+from benchmarks.transfer.pair import BenchError
+from vllm_pd.bench.records import METRICS, Record, pooled
 from vllm_pd.bench.stats import FEW_FOR_P99, Interval, summarize
 from vllm_pd.bench.verdict import ATTAINMENT, THROUGHPUT, Finding, Verdict
 
 _HEADER = (
     *("deployment", "req/s", "req/s without drain", "TTFT mean", "TTFT P99", "TPOT mean"),
     *("TPOT P99", "ITL mean", "ITL P99", "max stall P99", "met objectives", "client lag P99"),
-    *("failed", "regime"),
+    *("steal", "failed", "regime"),
 )
 _AT_A_GLANCE = (
     *("TTFT mean", "TTFT P99", "TPOT mean", "TPOT P99", "ITL mean", "ITL P99"),
-    *(THROUGHPUT, ATTAINMENT),
+    *("Max stall mean", "Max stall P99", THROUGHPUT, ATTAINMENT),
+)
+_MAIN = ("TTFT mean", "TPOT mean", "ITL P99", "Max stall mean", THROUGHPUT, ATTAINMENT)
+_MUCH_STOLEN = 0.05
+"""Part of the CPU time, beyond which a run says as much of the hypervisor as of the service."""
+
+_ABOUT_SHORT = (
+    "PD against each other deployment: its figure as a multiple of the other's, of SLO attainment "
+    "the difference. `same?`: not distinguishable. `too few`: too few runs or requests for a "
+    "verdict."
 )
 _HOW_TO_READ = (
-    "**How to read this.** Latencies are milliseconds from the moment a request was to be sent, "
+    "Latencies are milliseconds from the moment a request was to be sent, "
     "of the requests of all seeds that were due after the first tenth of a run. Every deployment "
     "had the same devices and got the same requests at the same times, so ratios are paired. "
-    "Intervals are meant to cover the truth in 95 % of the cases, over blocks of neighbouring "
-    "requests, as those wait for each other; in simulated services, where there is a verdict, "
+    "Intervals are meant to cover the truth in 95 % of the cases. Of three runs or more each is a "
+    "block of its own, fewer are cut into blocks of neighbouring requests, as those wait for each "
+    "other; for P99 parts of runs are, to which is added what runs differ by beyond that. In "
+    "simulated services, where there is a verdict, "
     "those of means and medians did so in 92 to 98 %, of P99 in 90 to 97 % "
     "(`benchmarks/interval_coverage.py`). A ratio counts if its interval excludes 1, and a "
     "difference of SLO attainments if it excludes 0. Where there are fewer than three runs and "
@@ -49,9 +64,13 @@ _HOW_TO_READ = (
     "Throughput is compared over the time in which requests came: below capacity every deployment "
     "answers what it is asked. `req/s` also counts the drain, so it falls with the length of the "
     "last answers and is no capacity. Where all come at once the two are the same, and the "
-    "verdict is over seeds alone. **What this does not mean.** Deployments ran one after the "
-    "other, each once, so what changed on the machine between them (clock, heat, other programs) "
-    "is in the ratios and in no interval; `control`, where it was run, is the baseline once more, "
+    "verdict is over seeds alone. Deployments ran one after the other, in rounds: each round "
+    "started every one once, in another order, and asked one seed. So what changed on the machine "
+    "between them "
+    "(clock, heat, other programs) differs from round to round and is in the intervals where there "
+    "are three rounds or more; with one or two it is in the ratios and in no interval. `steal` is "
+    "the part of the CPU time that a hypervisor gave to others, of the worst run. **What this does "
+    "not mean.** `control`, where it was run, is the baseline once more, "
     "and what is found there has no cause. Of many intervals some exclude 1 by chance. Latencies "
     "of a run that is not steady depend on how long it was. Ratios hold for this model, these "
     "lengths, arrivals and devices: on a CPU, scheduling and queueing are real, while the times "
@@ -65,9 +84,20 @@ _ABOUT_RATIOS = (
 
 
 def write_report(
-    folder: Path, cells: Sequence[Cell], environment: Mapping[str, str], notes: Sequence[str]
+    folder: Path,
+    cells: Sequence[Cell],
+    environment: Mapping[str, str],
+    notes: Sequence[str],
+    goals: Sequence[Goal] = (),
 ) -> str:
     """Write everything into a folder; return the Markdown.
+
+    Args:
+        folder: where.
+        cells: what was measured, one for each deployment under each load.
+        environment: what a reader must know.
+        notes: what must be said beside it.
+        goals: what is to be reached.
 
     Raises:
         BenchError: a file cannot be written.
@@ -78,21 +108,43 @@ def write_report(
     compared = [cell for cell in cells if cell.deployment != CONTROL]
     found = [*duels(compared, PD), *duels(cells, CONTROL, REPLICAS)]
     rows = [*cell_rows(cells), *duel_rows(found)]
-    Report("compare", environment, rows, notes).write_json(folder / "report.json")
-    text = _markdown(cells, found, environment, notes, draw_all(cells, folder / "plots"))
+    _write_json(Report("compare", environment, rows, notes), folder / "report.json")
+    head = _head(found, notes, bar_lines(goals, found))
+    text = head + _markdown(cells, found, environment, draw_all(cells, folder / "plots"))
     write(folder / "report.md", text)
     return text
+
+
+def _head(found: Sequence[Duel], notes: Sequence[str], bar: Sequence[Sequence[str]]) -> str:
+    """Return what is to be read first."""
+    parts = ["# PD against colocated deployments"]
+    if short := [duel for duel in found if duel.ours.deployment == PD]:
+        parts += ["## In short", _ABOUT_SHORT, _in_short(short)]
+    parts += [f"**{note}**" for note in notes]
+    if bar:
+        header = ("figure", "aimed", "found", "met or missed")
+        parts += ["## The bar", markdown_table(header, bar)]
+    return "\n\n".join(parts) + "\n\n"
+
+
+def _in_short(fought: Sequence[Duel]) -> str:
+    rows = []
+    for duel in fought:
+        found = {finding.name: finding for finding in duel.findings}
+        cells = [in_short(found[name]) if name in found else "-" for name in _MAIN]
+        regimes = f"{duel.ours.regime.value} / {duel.theirs.regime.value}"
+        named = (duel.ours.workload, duel.ours.level.name, duel.theirs.deployment, regimes)
+        rows.append((*named, *cells))
+    return markdown_table(("workload", "load", "PD against", "regimes", *_MAIN), rows)
 
 
 def _markdown(
     cells: Sequence[Cell],
     found: Sequence[Duel],
     environment: Mapping[str, str],
-    notes: Sequence[str],
     plots: Sequence[str],
 ) -> str:
-    parts = ["# PD against colocated deployments", _HOW_TO_READ]
-    parts += [f"**{note}**" for note in notes]
+    parts = ["## How to read this", _HOW_TO_READ]
     parts.append("\n".join(f"- {key}: {value}" for key, value in environment.items()))
     named = dict.fromkeys(cell.deployment for cell in cells)
     parts.append("\n".join(f"- `{name}`: {TITLES[name]}" for name in named))
@@ -103,17 +155,7 @@ def _markdown(
         parts.append(f"## {workload}, {level.name}")
         parts.append(_about(group))
         parts.append(markdown_table(_HEADER, [_line(cell) for cell in group]))
-        parts += [
-            f"**{cell.deployment}: {cell.failed} requests failed: {_causes(cell)}.**"
-            for cell in group
-            if cell.failed
-        ]
-        parts += [
-            f"**{cell.deployment}: the client was late by {number(lag)} ms at P99, which is part "
-            "of what was measured.**"
-            for cell in group
-            if (lag := max(figures.lag.p99 for figures in cell.figures)) > LATE_MS
-        ]
+        parts += [f"**{cell.deployment}: {text}.**" for cell in group for text in _warnings(cell)]
         fought = [d for d in found if (d.ours.workload, d.ours.level) == (workload, level)]
         parts += [_sentence(duel) for duel in fought]
         if stages := _stages(group):
@@ -124,6 +166,25 @@ def _markdown(
     if curves:
         parts += ["## Latency over throughput", *(_image(name) for name in curves)]
     return "\n\n".join(parts) + "\n"
+
+
+def _warnings(cell: Cell) -> list[str]:
+    """Return what must be said beside the figures."""
+    found = []
+    if cell.is_interrupted:
+        found.append("the run was interrupted; what was under way, the long ones, is left out")
+    if cell.failed:
+        found.append(f"{cell.failed} requests failed: {_causes(cell)}")
+    if (lag := max(figures.lag.p99 for figures in cell.figures)) > LATE_MS:
+        found.append(
+            f"the client was late by {number(lag)} ms at P99, which is part of what was measured"
+        )
+    if (stolen := cell.stolen) is not None and stolen > _MUCH_STOLEN:
+        found.append(
+            f"a hypervisor took {stolen:.1%} of the CPU time in a run, which is part of what was "
+            "measured"
+        )
+    return found
 
 
 def _ratios(fought: Sequence[Duel]) -> str:
@@ -165,6 +226,7 @@ def _line(cell: Cell) -> list[str]:
     lag = max(figures.lag.p99 for figures in cell.figures)
     return [
         *(cell.deployment, *map(number, values), _share(cell.attainment), number(lag)),
+        "-" if cell.stolen is None else f"{cell.stolen:.1%}",
         *(str(cell.failed), cell.regime.value),
     ]
 
@@ -205,22 +267,41 @@ def _image(name: str) -> str:
     return f"![{name.removesuffix('.png')}](plots/{name})"
 
 
+def _write_json(report: Report, path: Path) -> None:
+    """Write a report with one row a line, as there are thousands."""
+    head = {key: value for key, value in asdict(report).items() if key != "rows"}
+    rows = ",\n".join(json.dumps(_plain_row(row), allow_nan=False) for row in report.rows)
+    write(path, json.dumps(head)[:-1] + ', "rows": [\n' + rows + "\n]}\n")
+
+
+def _plain_row(row: Row) -> dict[str, object]:
+    return {key: _round(value) for key, value in asdict(row).items()}
+
+
 def _write_raw(cells: Sequence[Cell], folder: Path) -> None:
     for cell in cells:
-        for number_, run in enumerate(cell.runs, 1):
-            name = f"{cell.workload}-{cell.level.slug}-{cell.deployment}-{number_}.json"
-            lines = [json.dumps(_rounded(asdict(record))) for record in run.records]
-            write(folder / name, "[\n" + ",\n".join(lines) + "\n]\n")
+        for sample in cell.samples:
+            name = f"{cell.workload}-{cell.level.slug}-{cell.deployment}-{sample.seed}.json.gz"
+            lines = [json.dumps(_plain_record(record)) for record in sample.run.records]
+            text = "[\n" + ",\n".join(lines) + "\n]\n"
+            _write_bytes(folder / name, gzip.compress(text.encode(), mtime=0))
 
 
-def _rounded(record: Mapping[str, object]) -> dict[str, object]:
-    """Return a record with microseconds, and nothing that JSON has no word for."""
-    return {key: _round(value) for key, value in record.items()}
+def _write_bytes(path: Path, data: bytes) -> None:
+    try:
+        path.write_bytes(data)
+    except OSError as exc:
+        raise BenchError(f"cannot write {path}: {exc.strerror}") from exc
+
+
+def _plain_record(record: Record) -> dict[str, object]:
+    """Return a record with microseconds, and with tenths of milliseconds for the many gaps."""
+    found = {key: _round(value) for key, value in asdict(record).items() if key != "gaps_s"}
+    return {**found, "gaps_ms": [round(1e3 * gap, 1) for gap in record.gaps_s]}
 
 
 def _round(value: object) -> object:
+    """Return microseconds of seconds, and nothing that JSON has no word for."""
     if isinstance(value, float):
         return round(value, 6) if math.isfinite(value) else None
-    if isinstance(value, tuple):
-        return [_round(item) for item in value]
     return value

@@ -3,8 +3,9 @@
 Neighbours in a queue are alike, so requests are no independent sample, and a run that saw no
 burst knows neither how dear one is nor how rare. Three things make up for that:
 
-- The runs are cut into few long blocks. Each is left out once (the jackknife), and Student's
-  quantile is that of so few blocks.
+- Three runs or more are the blocks, fewer are cut into few long ones. Each is left out once (the
+  jackknife), and Student's quantile is that of so few blocks. Parts of a run would agree on what
+  was the same for all of it, such as the state of the machine then.
 - Figures that are positive have intervals of their logarithms.
 - The interval is longer on the side where bursts would lie: by the skewness of what requests
   contribute and by their memory, as in the corrections of t intervals for skewed samples
@@ -30,14 +31,14 @@ import numpy as np
 from vllm_pd.bench.stats import LEVEL, Interval, Run, Statistic, Values, mean, memory, ratio
 
 _MIN_RUNS = 3
-"""Runs that may each be a block: the quantile of Student's distribution is 4.3 for three, and 12.7
+"""Runs that are each a block: the quantile of Student's distribution is 4.3 for three, and 12.7
 for two."""
 
 _MIN_BLOCKS = 4
 """Blocks of fewer runs."""
 
 _BLOCK_LEN = 80
-"""Requests of a block, unless there are too few."""
+"""Requests of a block that is no run, unless there are too few."""
 
 _FULL_BLOCKS = 8
 """What fewer runs must have for a verdict. By simulation, at loads up to 84 %: then up to 8 % of
@@ -133,11 +134,22 @@ def paired(
 
 
 def block_ranges(counts: Sequence[int]) -> list[range]:
-    """Return blocks of neighbours, of about equal length, counted through all runs.
+    """Return the runs, or blocks of neighbours if they are fewer than three.
+
+    What changes from run to run would be in no interval if parts of one run counted as
+    independent.
 
     Args:
-        counts: requests of each run; no block has some of two runs.
+        counts: requests of each run; blocks are counted through all runs.
     """
+    if len(counts) < _MIN_RUNS:
+        return part_ranges(counts)
+    edges = [0, *itertools.accumulate(counts)]
+    return [range(a, b) for a, b in itertools.pairwise(edges)]
+
+
+def part_ranges(counts: Sequence[int]) -> list[range]:
+    """Return blocks of neighbours, of about equal length, of which none has some of two runs."""
     least = len(counts) if len(counts) >= _MIN_RUNS else _MIN_BLOCKS
     wanted = max(least, sum(counts) // _BLOCK_LEN)
     per_run = -(-wanted // max(len(counts), 1))

@@ -31,6 +31,8 @@ _MIN_WINDOWS = 10.0
 """How many times the longest requests must fit in the window (Little's law needs time)."""
 
 _MIN_REQUESTS = 10
+_MIN_ANSWERED = 0.5
+"""Part of what was due in the first half of the window that must be answered by its end."""
 
 
 class Regime(enum.Enum):
@@ -73,6 +75,9 @@ def judge(records: Sequence[Record]) -> Steadiness:
     memory L over a time T has the standard error s / T * sqrt(24 L / T). Requests that
     failed are in no queue, so they do not count as in flight, nor as answered.
 
+    Where requests take as long as the window, no trend is significant. It is overload all
+    the same if most of those that were due in its first half were not answered by its end.
+
     Args:
         records: of one run, in the order of arrival; at least one.
     """
@@ -102,6 +107,8 @@ def judge(records: Sequence[Record]) -> Steadiness:
             end,
             rate,
         )
+    if reason := _backlog(in_window, start, end):
+        return Steadiness(Regime.UNSTABLE, reason, start, end, rate)
     if (longest := _long_request_s(in_window)) * _MIN_WINDOWS > duration:
         return Steadiness(
             Regime.SHORT,
@@ -159,6 +166,20 @@ def _without_window(due: Values, start: float, end: float) -> Steadiness:
         return Steadiness(Regime.UNSTABLE, reason, start, end, math.nan)
     reason = f"{len(due)} requests are too few to see a trend"
     return Steadiness(Regime.SHORT, reason, start, end, math.nan)
+
+
+def _backlog(in_window: Sequence[Record], start: float, end: float) -> str:
+    """Return why there is a backlog that no trend shows; nothing if there is none."""
+    middle = (start + end) / 2
+    early = [record for record in in_window if record.is_ok and record.intended_s <= middle]
+    answered = sum(record.ended_s <= end for record in early)
+    if answered >= _MIN_ANSWERED * len(early):
+        return ""
+    return (
+        f"overload: of the {len(early)} requests that were due in the first half of the window of "
+        f"{end - start:.1f} s, {answered} were answered by its end; the latencies show the length "
+        "of the run"
+    )
 
 
 def _in_flight(records: Sequence[Record], times: Values) -> Values:

@@ -6,8 +6,11 @@ percentile itself tells nothing of its spread, and leaving out blocks of request
 does for means, often misses it. So what gets an interval is the part of the values that lie
 beyond the percentile: by blocks of requests, with Student's quantile, and by its logarithm, as a
 small part has a long tail. Where that interval ends in the sample, the percentile's ends (Woodruff,
-1952). The interval of a ratio is made of those of both systems (Zou and Donner, 2008) as if they
-were independent, so what they have in common makes it longer than it had to be.
+1952). A P99 would need tens of runs if they were the blocks, so blocks are parts of runs; but what
+runs differ by more than their parts let expect, as when the machine changes meanwhile, is added,
+and known as badly as so few runs can tell it (Satterthwaite, 1946). The interval of a ratio is made
+of those of both systems (Zou and Donner, 2008) as if they were independent, so what they have in
+common makes it longer than it had to be.
 
 How often it covers is told by ``benchmarks/interval_coverage.py``.
 """
@@ -24,9 +27,10 @@ from vllm_pd.bench.intervals import (
     Estimate,
     block_ranges,
     has_blocks_enough,
+    part_ranges,
     student,
 )
-from vllm_pd.bench.stats import LEVEL, Interval, Run, ratio
+from vllm_pd.bench.stats import LEVEL, Interval, Run, Values, ratio
 
 
 def tail(runs: Sequence[Run], level: float) -> Estimate:
@@ -42,17 +46,15 @@ def tail(runs: Sequence[Run], level: float) -> Estimate:
     requests = [values for run in runs for values in run]
     every = np.concatenate([np.zeros(0), *requests])
     counts = [len(run) for run in runs]
-    ranges = block_ranges(counts)
-    if not every.size or len(ranges) < 2:
+    if not every.size or len(part_ranges(counts)) < 2:
         value = float(np.percentile(every, level)) if every.size else math.nan
         return Estimate(Interval(value, math.nan, math.nan), is_enough=False)
     value = float(np.percentile(every, level))
     beyond = 1 - level / 100
     # What each request has beyond the percentile more than its part.
     surplus = np.asarray([float((one > value).sum()) - beyond * one.size for one in requests])
-    blocks = np.asarray([surplus[one.start : one.stop].sum() for one in ranges])
-    error = math.sqrt(len(ranges)) * float(blocks.std(ddof=1)) / every.size
-    factor = math.exp(student(len(ranges) - 1) * error / beyond)
+    error, num_free = _error(surplus, counts)
+    factor = math.exp(student(num_free) * error / (every.size * beyond))
     low, high = np.percentile(
         every, (100 * (1 - min(beyond * factor, 1.0)), 100 * (1 - beyond / factor))
     )
@@ -63,6 +65,27 @@ def tail(runs: Sequence[Run], level: float) -> Estimate:
         and answered * beyond / factor >= 1
     )
     return Estimate(Interval(value, float(low), float(high)), is_enough)
+
+
+def _error(surplus: Values, counts: Sequence[int]) -> tuple[float, float]:
+    """Return the standard error of a sum, and with how many degrees of freedom it is known.
+
+    Args:
+        surplus: what each request adds, counted through all runs.
+        counts: requests of each run.
+    """
+    parts, blocks = part_ranges(counts), block_ranges(counts)
+    within = _variance(surplus, parts)
+    more = max(_variance(surplus, blocks) - within, 0.0)  # of runs, than of their parts
+    if not within + more:
+        return 0.0, len(parts) - 1
+    doubt = within**2 / (len(parts) - 1) + more**2 / (len(blocks) - 1)
+    return math.sqrt(within + more), (within + more) ** 2 / doubt
+
+
+def _variance(surplus: Values, ranges: Sequence[range]) -> float:
+    blocks = np.asarray([surplus[one.start : one.stop].sum() for one in ranges])
+    return len(ranges) * float(blocks.var(ddof=1))
 
 
 def paired_tail(ours: Sequence[Run], theirs: Sequence[Run], level: float) -> Comparison:

@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks.interval_coverage import Queue, of_means
 from vllm_pd.bench.arrivals import gamma_arrivals
-from vllm_pd.bench.intervals import intervals, paired, student
+from vllm_pd.bench.intervals import block_ranges, intervals, paired, student
 from vllm_pd.bench.stats import Run, mean, percentile
 
 NUM_SIMULATIONS = 200
@@ -143,6 +143,28 @@ def test_run_that_is_short_against_its_memory_is_not_enough() -> None:
 def test_runs_of_one_figure_each_are_enough_from_three_on(num_runs: int, is_enough: bool) -> None:
     rates = [run_of(np.asarray([one])) for one in (1.0, 1.1, 0.9)[:num_runs]]
     assert paired(rates, rates, [mean])[0].is_enough is is_enough
+
+
+@pytest.mark.parametrize("count", [5, 600])
+def test_block_is_neither_longer_nor_shorter_than_a_run_from_three_on(count: int) -> None:
+    edges = range(0, 4 * count, count)
+    assert block_ranges([count] * 4) == [range(one, one + count) for one in edges]
+
+
+def test_two_runs_are_cut_into_blocks() -> None:
+    assert block_ranges([10, 10]) == [range(5), range(5, 10), range(10, 15), range(15, 20)]
+
+
+def test_what_the_machine_does_from_run_to_run_is_in_the_interval() -> None:
+    rng = np.random.default_rng(37)
+    theirs = [run_of(rng.uniform(0.9, 1.1, 300)) for _ in range(3)]
+    ours = [
+        run_of(drift * np.concatenate(run))
+        for run, drift in zip(theirs, (1, 1.05, 1.1), strict=True)
+    ]
+    (found,) = paired(ours, theirs, [mean])
+    assert found.ratio.low < 1.0  # each run alone excludes it
+    assert found.ratio.high > 1.1
 
 
 def test_difference_is_longer_on_the_side_of_its_own_bursts() -> None:

@@ -56,6 +56,31 @@ def test_long_requests_need_a_longer_run() -> None:
     assert judge(records).regime is Regime.SHORT
 
 
+def test_run_of_which_nothing_is_answered_in_time_is_unstable() -> None:
+    records = [record(due=float(n), ttft=70.0, gaps=[0.02] * 63) for n in range(60)]
+    assert judge(records).regime is Regime.UNSTABLE
+
+
+def test_overload_that_no_trend_shows_is_named_if_little_is_answered_in_time() -> None:
+    bursts = [burst for burst in (0.0, 10.0, 20.0, 50.0, 57.0) for _ in range(4)]
+    found = judge([record(due=due, ttft=37.0, gaps=[0.3] * 63) for due in bursts])
+    assert found.regime is Regime.UNSTABLE
+    assert "of the 8 requests that were due in the first half of the window of 51.3 s, 0" in (
+        found.reason
+    )
+
+
+def test_run_of_which_half_of_the_early_ones_are_answered_in_time_is_only_short() -> None:
+    records = [record(due=float(n), ttft=37.0) for n in range(60)]
+    assert judge(records).regime is Regime.SHORT
+
+
+def test_requests_that_failed_are_no_backlog() -> None:
+    records = [record(due=float(n), error="lost") for n in range(60)]
+    records[::5] = [record(due=one.intended_s, ttft=10.0) for one in records[::5]]
+    assert judge(records).regime is Regime.SHORT
+
+
 def test_window_leaves_out_the_first_tenth() -> None:
     records = serve([float(n) for n in range(101)], 0.1)
     found = judge(records)

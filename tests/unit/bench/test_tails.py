@@ -51,6 +51,19 @@ def test_percentile_far_from_a_cliff_has_a_short_interval() -> None:
     assert 20 < found.low <= found.value <= found.high < 21
 
 
+def test_what_the_machine_does_from_run_to_run_is_in_the_interval() -> None:
+    order = [7 * number % 400 for number in range(400)]  # so that the parts of a run are alike
+    alike, apart = (
+        [
+            [run[index] * (1 + 1e-6 * index) for index in order]
+            for run in (streams(400, stalled=one) for one in stalled)
+        ]
+        for stalled in ((280, 281, 282), (80, 280, 400))
+    )
+    assert tail(alike, 99).interval.low >= 300.0
+    assert tail(apart, 99).interval.low < 22
+
+
 def test_few_requests_say_nothing_of_what_lies_beyond() -> None:
     few, many = ([streams(count, stalled=count)] * 3 for count in (99, 100))
     assert not paired_tail(few, few, 99).is_enough

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from benchmarks.comparing.cells import Cell, Level
+from benchmarks.comparing.cells import Cell, Level, Sample
 from benchmarks.serving.figures import make_figures
 from benchmarks.serving.load import Run
 from vllm_pd.bench.arrivals import gamma_arrivals
@@ -25,23 +25,29 @@ def cell(
     ttft_s: float = 0.2,
     level: Level = LEVEL,
     seeds: int = 3,
+    first_seed: int = 1,
     count: int = 80,
     lose_every: int = 0,
     overload_s: float = 0.0,
     objectives: Objectives | None = None,
+    stolen: float | None = None,
 ) -> Cell:
     """Return a cell; every arrival stalls what streams then by ``stall_s``.
 
     Every ``lose_every``th request fails; 0: none. Each waits ``overload_s`` longer than
     the one before.
     """
-    runs = tuple(run(stall_s, ttft_s, level.rate, seed, count) for seed in range(seeds))
+    asked = range(first_seed, first_seed + seeds)
+    runs = tuple(run(stall_s, ttft_s, level.rate, seed - 1, count) for seed in asked)
     if overload_s:
         runs = tuple(replace(one, records=delayed(one.records, overload_s)) for one in runs)
     if lose_every:
         runs = tuple(replace(one, records=losing(one.records, lose_every)) for one in runs)
-    figures = tuple(make_figures(one, objectives) for one in runs)
-    return Cell(deployment, "balanced", level, runs, figures)
+    samples = [
+        Sample(seed, one, make_figures(one, objectives), stolen)
+        for seed, one in zip(asked, runs, strict=True)
+    ]
+    return Cell(deployment, "balanced", level, tuple(samples))
 
 
 def delayed(records: Sequence[Record], each_s: float) -> list[Record]:

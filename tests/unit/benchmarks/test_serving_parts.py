@@ -13,6 +13,7 @@ from rich.console import Console
 from benchmarks.serving import tables
 from benchmarks.serving.figures import Figures, as_data, make_figures, make_rows
 from benchmarks.serving.load import Load, Run, upstream_args
+from benchmarks.serving.machine import CpuTimes, parse_stat, read_cpu_times, stolen_between
 from benchmarks.serving.progress import Progress
 from benchmarks.serving.target import Marks, Target, stages_between
 from tests.unit.bench.queue import record, serve
@@ -164,6 +165,25 @@ def test_instance_that_could_not_be_read_before_a_run_is_left_out() -> None:
 
 def test_service_without_metrics_has_no_stages() -> None:
     assert stages_between(Marks({}, {}), Marks({}, {})) == []
+
+
+def test_stolen_time_is_a_part_of_all_time_of_all_cpus() -> None:
+    lines = "cpu  10 20 30 40 50 60 70 {} 5 6\ncpu0 1 1 1 1 1 1 1 1 1 1\nintr 7\n"
+    before, after = (parse_stat(lines.format(stolen)) for stolen in (20, 40))
+    assert before == CpuTimes(300, 20)  # a guest's time is the user's already
+    assert stolen_between(before, after) == 1.0
+    assert stolen_between(before, CpuTimes(500, 30)) == pytest.approx(0.05)
+
+
+@pytest.mark.parametrize("text", ["", "intr 7\n", "cpu  1 2 3 4\n"])
+def test_kernel_that_does_not_tell_stolen_time_is_no_error(text: str) -> None:
+    assert parse_stat(text) is None
+    assert stolen_between(None, CpuTimes(2, 1)) is None
+    assert stolen_between(CpuTimes(2, 1), CpuTimes(2, 1)) is None
+
+
+def test_machine_without_proc_has_no_stolen_time(tmp_path: Path) -> None:
+    assert read_cpu_times(tmp_path / "stat") is None
 
 
 def test_progress_is_a_line_now_and_then_where_there_is_no_terminal() -> None:
