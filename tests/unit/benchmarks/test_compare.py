@@ -429,7 +429,7 @@ def test_only_seeds_of_which_both_have_a_complete_run_are_compared() -> None:
     assert duels([cell(PD, seeds=1), unfinished], PD) == []
 
 
-def test_bar_asks_exactly_what_the_issue_says(
+def test_bar_asks_exactly_what_the_goals_are_set_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stand_ins = StandIns()
