@@ -316,7 +316,7 @@ def _tasks(args: argparse.Namespace) -> list[Task]:
     effort = Effort(
         seeds=1,
         duration_s=args.duration or (30 if quick else 45),
-        at_once=args.at_once or (16 if quick else 32),
+        at_once=args.at_once or (16 if quick else 24),
     )
     loads, rates = tuple(args.load or usual_loads), tuple(args.rate or ())
     return [Task(name, loads, rates, effort) for name in args.workload or WORKLOADS]
@@ -365,7 +365,7 @@ def _make_parser() -> Parser:
     add("--rate", type=rate, action="append", metavar="R", help="req/s instead; repeatable")
     add("--seeds", type=positive, metavar="N", help="rounds, of one seed each [3, quick 1, bar 2]")
     add("--duration", type=site_options.seconds, metavar="S", help="of a run [45, quick 30]")
-    add("--at-once", type=positive, metavar="N", help="requests that come at once [32, quick 16]")
+    add("--at-once", type=positive, metavar="N", help="requests that come at once [24, quick 16]")
     add("--output", type=Path, metavar="DIR", help="[benchmarks/results/DATE-MACHINE/compare]")
     return parser
 

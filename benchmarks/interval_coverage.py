@@ -230,7 +230,7 @@ FIRST_TOKENS = [(Queue((0.56, 0.7)), *size) for size in ((800, 1), (200, 3))]
 STALLS = [
     (Stalls(rate, prefill_ms), *size)
     for rate, prefill_ms in ((1.0, (300.0,)), (0.5, (300.0,)), (1.0, (50.0, 100.0, 200.0, 400.0)))
-    for size in ((640, 1), (100, 3), (200, 3))
+    for size in ((640, 1), (20, 3), (40, 3), (100, 3), (200, 3))
 ]
 
 

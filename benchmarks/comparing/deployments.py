@@ -7,14 +7,21 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from benchmarks.service import nixl
-from benchmarks.service.servers import MODEL_NAME, free_ports, launched, running
+from benchmarks.service.servers import (
+    MODEL_NAME,
+    free_ports,
+    launched,
+    running,
+    starting,
+    wait_ready,
+)
 from benchmarks.transfer.pair import BenchError
 from vllm_pd.launcher.devices import VISIBLE_DEVICES
 from vllm_pd.launcher.split import core_list
@@ -88,18 +95,18 @@ def _pd(site: Site) -> Iterator[str]:
 
 @contextlib.contextmanager
 def _colocated(site: Site) -> Iterator[str]:
-    with _instance(site, COLOCATED, site.pool, kv_gib=2 * site.kv_gib) as url:
+    alone = _Instance(COLOCATED, site.pool, kv_gib=2 * site.kv_gib)
+    with _running(site, [alone]) as (url,):
         yield url
 
 
 @contextlib.contextmanager
 def _two(site: Site, name: str = REPLICAS, *args: str) -> Iterator[str]:
-    with contextlib.ExitStack() as stack:
-        urls = [
-            stack.enter_context(_instance(site, f"{name}-{number}", devices, *args))
-            for number, devices in enumerate(site.halves)
-        ]
-        yield stack.enter_context(routed(site, name, [], urls))
+    instances = [
+        _Instance(f"{name}-{number}", devices, args) for number, devices in enumerate(site.halves)
+    ]
+    with _running(site, instances) as urls, routed(site, name, [], urls) as url:
+        yield url
 
 
 def _chunked(site: Site) -> contextlib.AbstractContextManager[str]:
@@ -112,16 +119,14 @@ def _nixl(site: Site) -> Iterator[str]:
     packages = site.folder / "packages"
     nixl.link_packages(nixl.find_packages(), packages)
     args = ("--kv-transfer-config", json.dumps(nixl.KV_TRANSFER))
-    with contextlib.ExitStack() as stack:
-        urls = []
+    instances = [
+        _Instance(f"{NIXL}-{role}", devices, args, nixl.variables(packages, port))
         for role, devices, port in zip(
             ("prefill", "decode"), site.halves, free_ports(2), strict=True
-        ):
-            env = nixl.variables(packages, port)
-            urls.append(
-                stack.enter_context(_instance(site, f"{NIXL}-{role}", devices, *args, env=env))
-            )
-        yield stack.enter_context(routed(site, NIXL, urls[:1], urls[1:]))
+        )
+    ]
+    with _running(site, instances) as urls, routed(site, NIXL, urls[:1], urls[1:]) as url:
+        yield url
 
 
 _DEPLOYMENTS: Mapping[str, Callable[[Site], contextlib.AbstractContextManager[str]]] = {
@@ -163,25 +168,47 @@ def device_env(site: Site, devices: Sequence[str], kv_gib: int) -> dict[str, str
     }
 
 
+@dataclass(frozen=True, slots=True)
+class _Instance:
+    """One ``vllm serve`` that the launcher does not start.
+
+    Attributes:
+        name: of its log.
+        devices: what it gets.
+        args: beside those of the site.
+        env: further variables.
+        kv_gib: KV cache on the CPU; None: that of the site.
+    """
+
+    name: str
+    devices: Sequence[str]
+    args: Sequence[str] = ()
+    env: Mapping[str, str] = field(default_factory=dict)
+    kv_gib: int | None = None
+
+
 @contextlib.contextmanager
-def _instance(
-    site: Site,
-    name: str,
-    devices: Sequence[str],
-    *args: str,
-    kv_gib: int | None = None,
-    env: Mapping[str, str] | None = None,
-) -> Iterator[str]:
-    """Run one ``vllm serve`` without our connector; yield its URL."""
-    (port,) = free_ports(1)
+def _running(site: Site, instances: Sequence[_Instance]) -> Iterator[list[str]]:
+    """Run instances, which start at the same time; yield their URLs."""
+    ports = free_ports(len(instances))
+    urls = [f"http://127.0.0.1:{port}" for port in ports]
+    logs = [site.folder / f"{one.name}.log" for one in instances]
+    with contextlib.ExitStack() as stack:
+        processes = []
+        for one, port, log in zip(instances, ports, logs, strict=True):
+            env = {**device_env(site, one.devices, one.kv_gib or site.kv_gib), **one.env}
+            processes.append(stack.enter_context(starting(log, _command(site, one, port), env)))
+        for process, url, log in zip(processes, urls, logs, strict=True):
+            wait_ready(process, f"{url}/health", log)
+        yield urls
+
+
+def _command(site: Site, instance: _Instance, port: int) -> list[str]:
     command = [sys.executable, "-P", "-m", "vllm.entrypoints.cli.main", "serve", site.model]
     command += ["--host", "127.0.0.1", "--port", str(port), "--served-model-name", MODEL_NAME]
-    command += ["--tensor-parallel-size", str(site.tp(devices))]
-    command += [*(["--enforce-eager"] if site.device == "cpu" else []), *site.args, *args]
-    variables = {**device_env(site, devices, kv_gib or site.kv_gib), **(env or {})}
-    url = f"http://127.0.0.1:{port}"
-    with running(site.folder / f"{name}.log", command, f"{url}/health", variables):
-        yield url
+    command += ["--tensor-parallel-size", str(site.tp(instance.devices))]
+    eager = ["--enforce-eager"] if site.device == "cpu" else []
+    return [*command, *eager, *site.args, *instance.args]
 
 
 @contextlib.contextmanager

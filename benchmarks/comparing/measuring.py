@@ -38,7 +38,7 @@ class Effort:
     seeds: int
     duration_s: float
     at_once: int
-    min_count: int = 16
+    min_count: int = 12
     first_seed: int = 1
     exactly: int | None = None
 

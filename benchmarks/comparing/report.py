@@ -28,6 +28,7 @@ from benchmarks.serving.figures import LATE_MS
 from benchmarks.transfer.pair import BenchError
 from vllm_pd.bench.records import METRICS, Record, pooled
 from vllm_pd.bench.stats import FEW_FOR_P99, Interval, summarize
+from vllm_pd.bench.tails import FEW_WITH_MANY
 from vllm_pd.bench.verdict import ATTAINMENT, THROUGHPUT, Finding, Verdict
 
 _HEADER = (
@@ -60,7 +61,8 @@ _HOW_TO_READ = (
     "(`benchmarks/interval_coverage.py`). A ratio counts if its interval excludes 1, and a "
     "difference of SLO attainments if it excludes 0. Where there are fewer than three runs and "
     "these are short, or short against the memory of their queue, and for P99 of fewer than "
-    f"{FEW_FOR_P99} requests or where hardly one lies beyond, there is a ratio but no verdict. "
+    f"{FEW_FOR_P99} requests ({FEW_WITH_MANY} for ITL, of which each has many) or where hardly one "
+    "lies beyond, there is a ratio but no verdict. "
     "Throughput is compared over the time in which requests came: below capacity every deployment "
     "answers what it is asked. `req/s` also counts the drain, so it falls with the length of the "
     "last answers and is no capacity. Where all come at once the two are the same, and the "

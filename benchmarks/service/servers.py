@@ -280,11 +280,24 @@ def running(
     Raises:
         BenchError: it does not start.
     """
+    with starting(log, command, env) as process:
+        wait_ready(process, ready_url, log)
+        yield process.pid
+
+
+@contextlib.contextmanager
+def starting(
+    log: Path, command: Sequence[str], env: Mapping[str, str]
+) -> Iterator[subprocess.Popen[bytes]]:
+    """Run a server until the end of the block; ``wait_ready`` waits until it answers.
+
+    Raises:
+        BenchError: it cannot be run.
+    """
     with log.open("wb") as file:
         process = _start(command, {**os.environ, **env}, file)
     try:
-        _wait_ready(process, ready_url, log)
-        yield process.pid
+        yield process
     finally:
         try:
             process.terminate()
@@ -294,6 +307,21 @@ def running(
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)  # what it left behind, too
             process.wait()
+
+
+def wait_ready(process: subprocess.Popen[bytes], url: str, log: Path) -> None:
+    """Wait until a server answers at ``url``.
+
+    Raises:
+        BenchError: it ended before, or takes too long.
+    """
+    deadline = time.monotonic() + _START_TIMEOUT_S
+    while not _answers(url):
+        if process.poll() is not None:
+            raise BenchError(f"{log.stem} ended while starting: {_last_words(log)}")
+        if time.monotonic() > deadline:
+            raise BenchError(f"{log.stem} was not ready within {_START_TIMEOUT_S:g} s")
+        time.sleep(_PROBE_INTERVAL_S)
 
 
 def _start(command: Sequence[str], environ: Mapping[str, str], log: Any) -> subprocess.Popen[bytes]:
@@ -308,16 +336,6 @@ def _start(command: Sequence[str], environ: Mapping[str, str], log: Any) -> subp
         )
     except OSError as exc:
         raise BenchError(f"cannot start {command[0]}: {exc}") from exc
-
-
-def _wait_ready(process: subprocess.Popen[bytes], url: str, log: Path) -> None:
-    deadline = time.monotonic() + _START_TIMEOUT_S
-    while not _answers(url):
-        if process.poll() is not None:
-            raise BenchError(f"{log.stem} ended while starting: {_last_words(log)}")
-        if time.monotonic() > deadline:
-            raise BenchError(f"{log.stem} was not ready within {_START_TIMEOUT_S:g} s")
-        time.sleep(_PROBE_INTERVAL_S)
 
 
 def _answers(url: str) -> bool:

@@ -32,12 +32,17 @@ from vllm_pd.bench.intervals import (
 )
 from vllm_pd.bench.stats import LEVEL, Interval, Run, Values, ratio
 
+FEW_WITH_MANY = 60
+"""Requests with many values each, such as gaps between tokens, from which on a percentile gets a
+verdict. By simulation, intervals then cover in 90 % of the cases or more; of 36 in 88 %."""
+
 
 def tail(runs: Sequence[Run], level: float) -> Estimate:
     """Return a percentile of all values with its interval.
 
-    It is enough of requests (not of values: one prefill stalls all streams at once) if they are
-    hardly all below the percentile, and if some of them lie beyond the upper end.
+    It is enough of requests with one value each if they are hardly all below the percentile, and
+    if some of them lie beyond the upper end. Of requests with many values, such as the gaps between
+    tokens, each has met several prefills of others, so fewer are enough.
 
     Args:
         runs: one for each seed of the workload.
@@ -59,11 +64,10 @@ def tail(runs: Sequence[Run], level: float) -> Estimate:
         every, (100 * (1 - min(beyond * factor, 1.0)), 100 * (1 - beyond / factor))
     )
     answered = sum(one.size > 0 for one in requests)
-    is_enough = (
-        has_blocks_enough(counts)
-        and (level / 100) ** answered <= 1 - LEVEL
-        and answered * beyond / factor >= 1
-    )
+    has_many = every.size > answered
+    is_seen = answered >= FEW_WITH_MANY if has_many else (level / 100) ** answered <= 1 - LEVEL
+    some_beyond = every.size * beyond / factor >= 1
+    is_enough = has_blocks_enough(counts) and is_seen and some_beyond
     return Estimate(Interval(value, float(low), float(high)), is_enough)
 
 

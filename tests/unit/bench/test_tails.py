@@ -22,7 +22,7 @@ def streams(count: int, *, stalled: int, stall_ms: float = 300.0) -> Run:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("rate", [0.5, 1.0])
-@pytest.mark.parametrize(("count", "runs"), [(640, 1), (100, 3)])
+@pytest.mark.parametrize(("count", "runs"), [(640, 1), (100, 3), (20, 3)])
 def test_p99_of_gaps_with_shared_stalls_is_covered_as_often_as_is_documented(
     rate: float, count: int, runs: int
 ) -> None:
@@ -65,7 +65,13 @@ def test_what_the_machine_does_from_run_to_run_is_in_the_interval() -> None:
 
 
 def test_few_requests_say_nothing_of_what_lies_beyond() -> None:
-    few, many = ([streams(count, stalled=count)] * 3 for count in (99, 100))
+    few, many = ([[np.asarray([20.0 + n]) for n in range(count)]] * 3 for count in (99, 200))
+    assert not paired_tail(few, few, 99).is_enough
+    assert paired_tail(many, many, 99).is_enough
+
+
+def test_fewer_requests_with_many_gaps_each_are_enough() -> None:
+    few, many = ([streams(count, stalled=count)] * 3 for count in (19, 20))
     assert not paired_tail(few, few, 99).is_enough
     assert paired_tail(many, many, 99).is_enough
 
