@@ -224,15 +224,15 @@ async def test_an_answer_that_a_draining_instance_aborted_comes_from_another(
     assert len(draining.received) == len(other.received) == 1
 
 
-async def test_an_instance_whose_engine_fails_is_replaced_once(
+async def test_an_instance_whose_engine_fails_is_replaced_twice_at_most(
     start_router: StartRouter, start_instance: StartInstance, prefill: FakeInstance
 ) -> None:
-    bad = [await start_instance(answers(500, {"error": {"message": str(i)}})) for i in range(3)]
+    bad = [await start_instance(answers(500, {"error": {"message": str(i)}})) for i in range(4)]
     router = await start_router([prefill], bad)
     async with router.post(COMPLETIONS, json=BODY) as response:
         assert response.status == 500
-        assert await response.json() == {"error": {"message": "1"}}
-    assert [len(one.received) for one in bad] == [1, 1, 0]
+        assert await response.json() == {"error": {"message": "2"}}
+    assert [len(one.received) for one in bad] == [1, 1, 1, 0]
 
 
 async def test_what_a_response_repeats_of_its_client_is_no_failure(
