@@ -26,7 +26,7 @@ every request. What is behind -- goes to every `vllm serve`.
 Without --model it is an untrained model of 41 million parameters, for which the objectives are
 ttft:3000 tpot:40 if --goodput gives no others: twice what a prompt of 2000 tokens and a decode step
 take on one core of the machine in docs/performance.md. On two cores all of it, 81 runs, is meant
-to take about 75 minutes (an estimate), and --quick less than a quarter of an hour; --quick has one
+to take 75 to 90 minutes (an estimate), and --quick less than a quarter of an hour; --quick has one
 round, so mostly ratios without verdicts. Ctrl-C stops everything and reports the runs that are
 complete.
 """
@@ -257,6 +257,9 @@ def _compare(args: argparse.Namespace, options: Options, command: str, console: 
     with tempfile.TemporaryDirectory(prefix="vllm-pd-compare-", ignore_cleanup_errors=True) as name:
         site = site_options.make_site(args, Path(name))
         comparison = Comparison(options, site, console)
+        for warning in site_options.warnings_of(site):
+            console.print(f"warning: {warning}")
+            comparison.found.notes.append(warning)
         status = _run(comparison)
         with uninterrupted():
             reported = _report(comparison.found, site, options, command, console)

@@ -20,6 +20,8 @@ from vllm_pd.launcher.devices import detect_device, find_pool
 GEOMETRY = Geometry(hidden_size=512, num_layers=12, num_heads=8, num_kv_heads=8, head_size=64)
 """As in ``service_overhead.py``: 41 million parameters, heavy enough to have a prefill."""
 
+_AUTOGROUP = Path("/proc/sys/kernel/sched_autogroup_enabled")
+
 _OWN_ARGS = (*ENGINE_ARGS, "--no-enable-prefix-caching")
 
 
@@ -74,6 +76,27 @@ def describe_site(site: Site) -> dict[str, str]:
         "devices": f"{site.device} {', '.join(site.pool)}",
         "vllm serve": " ".join(site.args) or "no further options",
     }
+
+
+def warnings_of(site: Site, autogroup: Path = _AUTOGROUP) -> list[str]:
+    """Return what of this machine makes figures worth less.
+
+    Args:
+        site: where deployments run.
+        autogroup: where the kernel tells whether it schedules Unix sessions as groups.
+    """
+    try:
+        is_on = autogroup.read_text().strip() == "1"
+    except OSError:
+        is_on = False
+    if site.device != "cpu" or not is_on:
+        return []
+    return [
+        "The kernel schedules Unix sessions as groups here. What `vllm-pd up` starts and the load "
+        "generator are in different ones, and on shared cores either may stand still for seconds: "
+        "gaps of seconds are not those of the service. Without it: "
+        "sysctl kernel.sched_autogroup_enabled=0"
+    ]
 
 
 def default_output(name: str) -> Path:

@@ -492,6 +492,19 @@ def test_time_that_a_hypervisor_took_is_said(tmp_path: Path) -> None:
     assert rows == {PD: 0.062, REPLICAS: 0.01}
 
 
+@pytest.mark.parametrize(
+    ("device", "setting", "num_warnings"),
+    [("cpu", "1\n", 1), ("cpu", "0\n", 0), ("cpu", None, 0), ("npu", "1\n", 0)],
+)
+def test_groups_of_sessions_are_warned_of(
+    tmp_path: Path, device: str, setting: str | None, num_warnings: int
+) -> None:
+    path = tmp_path / "sched_autogroup_enabled"
+    if setting is not None:
+        path.write_text(setting)
+    assert len(options.warnings_of(site(device), path)) == num_warnings
+
+
 @pytest.mark.usefixtures("undrawn")
 def test_same_requests_give_the_same_raw_file(tmp_path: Path) -> None:
     written = []
