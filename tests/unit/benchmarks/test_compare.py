@@ -200,7 +200,8 @@ def test_report_says_what_no_interval_shows(cells: list[Cell], tmp_path: Path) -
     text = write_report(tmp_path, cells, {}, [])
     assert "what changed on the machine between them" in text
     assert (
-        "P99 of fewer than 299 requests or where hardly one lies beyond, there is a ratio" in text
+        "P99 of fewer than 299 requests (60 for ITL, of which each has many) or where hardly one "
+        "lies beyond, there is a ratio" in text
     )
     assert "What this does not mean" in text
 
